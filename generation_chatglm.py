@@ -1,0 +1,332 @@
+"""Chat on top of transformers' `generate`: nothing of its loop is written again here."""
+
+import contextlib
+import contextvars
+import queue
+import threading
+from functools import partial
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation.logits_process import InfNanRemoveLogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from .transformers_compat import DynamicCache
+
+# From generate's pushing to an iterator's pulling
+
+
+class Closed(Exception):
+    """The consumer of a stream has gone; raised inside `generate` to end it."""
+
+
+class StepStreamer(BaseStreamer):
+    """Hands out what `generate` puts, and lets it go on only when more is asked for."""
+
+    def __init__(self):
+        self.outbox = queue.SimpleQueue()
+        self.wanted = threading.Semaphore(0)
+        self.closed = False
+
+    def wait(self):
+        self.wanted.acquire()
+        if self.closed:
+            raise Closed
+
+    def put(self, value):
+        self.outbox.put(value)
+        self.wait()
+
+    def end(self):
+        """Nothing to flush: `stream` notices the end itself."""
+
+
+def stream(generate, device):
+    """Iterate over what `generate(streamer=...)` puts: the prompt's ids [B, T], then the ids of each step.
+
+    `generate` runs in a thread of its own, in turns with the consumer: never both at once. Closing the iterator ends
+    the thread after the step in progress; an exception in the thread is raised to the consumer.
+    """
+    streamer, finished = StepStreamer(), object()
+    inherited = thread_state(device)
+
+    def work():
+        try:
+            streamer.wait()
+            with inherited():
+                generate(streamer=streamer)
+        except Closed:
+            return
+        except BaseException as error:
+            streamer.outbox.put(error)
+        else:
+            streamer.outbox.put(finished)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
+    thread.start()
+    try:
+        while True:
+            streamer.wanted.release()
+            item = streamer.outbox.get()
+            if item is finished:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        streamer.closed = True
+        streamer.wanted.release()
+        thread.join()
+
+
+def thread_state(device):
+    """What torch keeps per thread, taken from this one: autocast, and the CUDA device and stream."""
+    kind, enabled = device.type, torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(kind) if enabled else None
+    cuda_stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+
+    @contextlib.contextmanager
+    def inherited():
+        with torch.autocast(kind, dtype=dtype) if enabled else contextlib.nullcontext():
+            with torch.cuda.stream(cuda_stream):
+                yield
+
+    return inherited
+
+
+class ChatMixin:
+    """`chat`, `stream_chat` and `stream_generate`, for a model with transformers' `generate`."""
+
+    # Chat
+
+    def chat(
+        self,
+        tokenizer,
+        query,
+        history=None,
+        max_length=8192,
+        num_beams=1,
+        do_sample=True,
+        top_p=0.8,
+        temperature=0.8,
+        logits_processor=None,
+        max_history_tokens=None,
+        **kwargs,
+    ):
+        """Answer `query`.
+
+        Args:
+            tokenizer: a ChatGLMTokenizer.
+            query: what the user says, not empty.
+            history: (query, response) of the rounds before, oldest first; it is not changed.
+            max_length: tokens of prompt and response together, where `max_new_tokens` is not given.
+            logits_processor: a list of processors of scores; it is not changed. Scores of nan and inf are made finite
+                behind them, so that no step raises.
+            max_history_tokens: drop the oldest rounds from the prompt until those kept take so many tokens or fewer.
+            **kwargs: for `generate`.
+
+        Returns:
+            response (text), history with (query, response) at its end: a new list of tuples.
+
+        Raises:
+            ValueError: an empty query, a history of another form, a prompt that would pass `seq_length`.
+        """
+        history = checked_history(query, history)
+        kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
+        inputs = self.build_inputs(tokenizer, query, kept)
+        prompt_length = inputs["input_ids"].shape[1]
+        settings = self._chat_settings(
+            prompt_length, max_length, do_sample, top_p, temperature, logits_processor, num_beams=num_beams, **kwargs
+        )
+        output = self.generate(**inputs, **settings)
+        ids = getattr(output, "sequences", output)[0, prompt_length:].tolist()
+        response = self._response(tokenizer, ids)
+        return response, [*history, (query, response)]
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query,
+        history=None,
+        past_key_values=None,
+        max_length=8192,
+        do_sample=True,
+        top_p=0.8,
+        temperature=0.8,
+        logits_processor=None,
+        return_past_key_values=False,
+        max_history_tokens=None,
+        **kwargs,
+    ):
+        """Answer `query` step by step; arguments as for `chat`.
+
+        Args:
+            past_key_values: the cache that the round before handed out, also if that round was cut off; only the new
+                round is encoded then. (As in the original, the last token of an answer that was cut off is not in it.)
+            return_past_key_values: hand out the cache, too; it is one object, extended in place.
+
+        Yields:
+            (text so far, history with it[, cache]). The text is extended from step to step, never ends in half a
+            character, and the last one is whole.
+        """
+        history = checked_history(query, history)
+        if past_key_values is None:
+            kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
+            inputs = self.build_inputs(tokenizer, query, kept)
+        elif max_history_tokens is not None:
+            raise ValueError("max_history_tokens cannot drop rounds from a cache: leave out past_key_values or it.")
+        else:
+            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values)
+        prompt_length = inputs["input_ids"].shape[1]
+        settings = self._chat_settings(
+            prompt_length, max_length, do_sample, top_p, temperature, logits_processor, **kwargs
+        )
+        cache = DynamicCache() if past_key_values is None and return_past_key_values else past_key_values
+        if cache is not None:
+            settings["past_key_values"] = cache
+
+        shown = None
+        for ids in self.stream_generate(**inputs, **settings):
+            text = self._response(tokenizer, ids[0, prompt_length:].tolist())
+            if text and text != shown:
+                shown = text
+                yield self._yielded(text, query, history, cache, return_past_key_values)
+        if shown is None:
+            yield self._yielded("", query, history, cache, return_past_key_values)
+
+    @staticmethod
+    def _yielded(text, query, history, cache, return_past_key_values):
+        result = (text, [*history, (query, text)])
+        return (*result, cache) if return_past_key_values else result
+
+    def build_inputs(self, tokenizer, query, history=None):
+        """The model's inputs for `query` after `history`: input_ids, attention_mask, position_ids, int [1, T]."""
+        prompt = tokenizer.build_prompt(query, history)
+        return tokenizer([prompt], return_tensors="pt").to(self.device)
+
+    def process_response(self, response):
+        """The text of an answer as it is shown: stripped, and its placeholder for the training date filled."""
+        return response.strip().replace("[[训练时间]]", "2023年")
+
+    def _response(self, tokenizer, ids):
+        return self.process_response(tokenizer.decode(tokenizer.without_half_character(ids)))
+
+    def _recent_rounds(self, tokenizer, query, history, max_history_tokens):
+        """The newest rounds of `history` that take at most `max_history_tokens` tokens."""
+        if max_history_tokens is None:
+            return history
+
+        def tokens(rounds):
+            return len(tokenizer(tokenizer.build_prompt(query, rounds))["input_ids"])
+
+        alone = tokens([])
+        first = next((i for i in range(len(history)) if tokens(history[i:]) - alone <= max_history_tokens), len(history))
+        return history[first:]
+
+    def _next_round_inputs(self, tokenizer, query, history, past_key_values):
+        """The new round behind the cache. `generate` wants ids for the cached tokens as well, and never reads them."""
+        text = "\n\n" + tokenizer.build_round(len(history) + 1, query)
+        new = tokenizer.encode(text, add_special_tokens=False)[1:]  # less the space that every text begins with
+        cached = [tokenizer.pad_token_id] * self.transformer.count_cached_tokens(past_key_values)
+        input_ids = torch.tensor([cached + new], device=self.device)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+    def _chat_settings(
+        self, prompt_length, max_length, do_sample, top_p, temperature, logits_processor, **kwargs
+    ):
+        """Keyword arguments for `generate`; checks that the answer's length fits the model."""
+        settings = {**kwargs, "do_sample": do_sample}
+        if do_sample:
+            settings.update(top_p=top_p, temperature=temperature)
+        if kwargs.get("max_new_tokens") is None:
+            settings["max_length"] = min(max_length, self.config.seq_length)
+            if prompt_length >= settings["max_length"]:
+                raise ValueError(
+                    f"The prompt has {prompt_length} tokens, and max_length={max_length}, with "
+                    f"seq_length={self.config.seq_length}, leaves none for an answer. Shorten the query, drop rounds "
+                    "with max_history_tokens, or raise max_length up to seq_length."
+                )
+        settings["logits_processor"] = LogitsProcessorList(
+            [*(logits_processor or []), InfNanRemoveLogitsProcessor()]
+        )
+        return settings
+
+    # Generation
+
+    def stream_generate(
+        self,
+        input_ids,
+        generation_config=None,
+        logits_processor=None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn=None,
+        return_past_key_values=False,
+        **kwargs,
+    ):
+        """Run `generate` and yield the ids so far, int [B, T + step], after every step.
+
+        Arguments are those of `generate`, and any batch size will do; rows that have ended are padded. With
+        `return_past_key_values` it yields (ids, cache).
+
+        Raises:
+            ValueError: prompt and `max_new_tokens` together pass `seq_length`; beams, which cannot be streamed.
+        """
+        new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None) or 0
+        if input_ids.shape[1] + new > self.config.seq_length:
+            raise ValueError(
+                f"A prompt of {input_ids.shape[1]} tokens and max_new_tokens={new} pass seq_length="
+                f"{self.config.seq_length}. Shorten the prompt or lower max_new_tokens to "
+                f"{max(self.config.seq_length - input_ids.shape[1], 0)}."
+            )
+        if return_past_key_values and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = DynamicCache()
+        generate = partial(
+            self.generate,
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            **kwargs,
+        )
+        with contextlib.closing(stream(generate, self.device)) as steps:
+            ids = next(steps).to(input_ids.device)
+            for step in steps:
+                ids = torch.cat((ids, step.to(ids.device).view(len(ids), -1)), dim=1)
+                yield (ids, kwargs["past_key_values"]) if return_past_key_values else ids
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+        """As in transformers, but for positions that no longer match, and for the prefix of P-Tuning.
+
+        Some releases hand the prompt's own `position_ids` to every step, and none knows that a cache begins with a
+        prefix; then the positions and the ids to feed are derived from the mask and from the cache.
+        """
+        position_ids = kwargs.get("position_ids")
+        if position_ids is not None and position_ids.shape[1] < input_ids.shape[1]:
+            kwargs["position_ids"] = None
+        if not self.config.pre_seq_len:
+            return super().prepare_inputs_for_generation(
+                input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+            )
+        seen = self.transformer.count_cached_tokens(past_key_values)
+        inputs_embeds = kwargs.get("inputs_embeds")
+        first = {"inputs_embeds": inputs_embeds} if inputs_embeds is not None and not seen else {}
+        return {
+            **(first or {"input_ids": input_ids[:, seen:]}),
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache"),
+            "logits_to_keep": kwargs.get("logits_to_keep", 0),
+        }
+
+
+def checked_history(query, history):
+    """`history` as a new list of tuples. Raises ValueError where the query is empty or a round is no pair of texts."""
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"query={query!r} is empty or no text: say something.")
+    if history is not None and not isinstance(history, (list, tuple)):
+        raise ValueError(f"history is a {type(history).__name__}: give a list of (query, response) pairs.")
+    for i, turn in enumerate(history or []):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"history[{i}] is {turn!r}: give (query, response), a pair of texts.")
+    return [tuple(turn) for turn in history or []]

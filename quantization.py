@@ -1,0 +1,344 @@
+"""INT8 and INT4 weights: the released checkpoints' format, the layers that hold it, and the op that multiplies by it.
+
+Format. Symmetric, one scale an output row: scale = max|w| / 127 (int8) or / 7 (int4), in the weight's dtype, and
+q = round_half_even(w / scale). `weight` is int8 [out, in]; in int4 it is [out, in / 2], two columns a byte, the even
+column in the high nibble: (q[2j] & 15) << 4 | (q[2j + 1] & 15). `weight_scale` is [out], or [out, in / group_size]
+where every group_size inputs have a scale of their own (better int4, and not the released format).
+
+A kernel family is a file, `quantization_<family>.py`, behind the one op `chatglm::quantized_linear`.
+"""
+
+import functools
+import warnings
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the four linear layers of every block
+LIMIT = {8: 127, 4: 7}  # bits -> the largest |q|
+CHUNK = 1 << 22  # weights rounded or restored at a time: what keeps the peak at one layer
+
+
+# ---- the format -----------------------------------------------------------------------------------------------------
+
+
+def check_bits(bits: int, in_features: int = 2, group_size: Optional[int] = None) -> None:
+    """Raise ValueError where `bits`, or groups of `group_size`, cannot hold rows of `in_features` weights."""
+    if bits not in LIMIT:
+        raise ValueError(f"bits={bits!r}: weights are held in 8 or 4 bits; 0 leaves the model as it is")
+    if bits == 4 and in_features % 2:
+        raise ValueError(f"in_features={in_features} is odd, and int4 packs two columns a byte: leave it out with skip=")
+    if group_size is not None and (group_size < 2 or group_size % 2 or in_features % group_size):
+        raise ValueError(f"group_size={group_size} must be even and divide in_features={in_features}: try 32 or 128")
+
+
+def pack(q: Tensor) -> Tensor:
+    """int8 [out, in] of values -8..7 -> int8 [out, in / 2], the even column in the high nibble."""
+    return (q[:, 0::2] & 15) << 4 | (q[:, 1::2] & 15)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """int8 [out, in / 2] -> int8 [out, in] of values -8..7: the reverse of `pack`."""
+    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, bits: int, group_size: Optional[int] = None) -> tuple[Tensor, Tensor]:
+    """Round a float weight [out, in] to (int8 weight in the released packing, scale [out] or [out, in / group_size]).
+
+    Division and rounding are done in the weight's dtype, as the released files were; what bfloat16 rounds up to 128 is
+    held at 127, and a row of zeros has scale 0. Raises ValueError on nan and inf, which no scale can hold.
+    """
+    check_bits(bits, weight.shape[1], group_size)
+    out, columns = weight.shape
+    group = group_size or columns
+    packed = torch.empty(out, columns * bits // 8, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(out, columns // group if group else 1, dtype=weight.dtype, device=weight.device)
+    rows = max(CHUNK // max(columns, 1), 1)
+    for i in range(0, out if columns else 0, rows):
+        w = weight[i : i + rows].reshape(-1, columns // group, group)
+        scale[i : i + rows] = w.abs().amax(dim=2) / LIMIT[bits]
+        s = scale[i : i + rows, :, None]
+        q = (w / torch.where(s == 0, 1, s)).round_().clamp_(-LIMIT[bits], LIMIT[bits]).to(torch.int8).flatten(1)
+        packed[i : i + rows] = q if bits == 8 else pack(q)
+    if not scale.isfinite().all():
+        raise ValueError("the weight holds nan or inf, which cannot be quantized: repair the checkpoint, or use skip=")
+    return packed, scale if group_size else scale[:, 0].contiguous()
+
+
+def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """The float weight [out, in] = q * scale, each product rounded once to `dtype` (default: the scale's dtype)."""
+    dtype = dtype or weight_scale.dtype
+    q = (unpack(weight) if bits == 4 else weight).to(dtype)
+    if weight_scale.dim() == 1:
+        return q * weight_scale.to(dtype)[:, None]
+    return (q.unflatten(1, (weight_scale.shape[1], -1)) * weight_scale.to(dtype)[:, :, None]).flatten(1)
+
+
+# ---- the op ---------------------------------------------------------------------------------------------------------
+
+
+def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
+    """x [N, in] times the dequantized weight [out, in], transposed, plus bias [out]: what every kernel is held to.
+
+    Float32 on a CPU, where half precision is slower and no more exact; x's own dtype elsewhere.
+    """
+    dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+    y = F.linear(x.to(dtype), dequantize_weight(weight, weight_scale, bits, dtype))
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+FAMILIES = {"cpu": ("cpu", "stock"), "cuda": ("triton", "cpm")}  # in the order "auto" tries them
+
+
+def family(name: str):
+    """(linear, unavailable) of the kernel family `name`."""
+    if name == "triton":
+        from .quantization_triton import linear, unavailable
+    elif name == "cpm":
+        from .quantization_cpm import linear, unavailable
+    elif name == "cpu":
+        from .quantization_cpu import linear, unavailable
+    elif name == "stock":
+        from .quantization_cpu import stock_linear as linear
+        from .quantization_cpu import stock_unavailable as unavailable
+    elif name == "torch":
+        return reference_linear, lambda device: None
+    else:
+        raise ValueError(f"backend={name!r}: choose auto, triton, cpm, cpu, stock or torch")
+    return linear, unavailable
+
+
+@functools.lru_cache(maxsize=None)
+def choose(backend: str, device: torch.device) -> str:
+    """The family that computes `backend` on `device`; ValueError where a named one cannot run there, with the cure."""
+    if backend != "auto":
+        reason = family(backend)[1](device)
+        if reason:
+            raise ValueError(f"backend={backend!r} cannot run on {device}: {reason}")
+        return backend
+    for name in FAMILIES.get(device.type, ()):
+        reason = family(name)[1](device)
+        if reason is None:
+            return name
+        warnings.warn(f"quantized layers run slower on {device} than they might: {name} is passed over, since {reason}")
+    return "torch"
+
+
+def quantized_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int, backend: str
+) -> Tensor:
+    """x [..., in] -> [..., out] in x's dtype. `weight` is in the released packing or in its family's own layout."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    name = choose(backend, x.device)
+    if weight.dim() != 2 and name != "cpu":
+        weight = released(weight, weight_scale, rows.shape[1], bits)
+    y = family(name)[0](rows, weight, weight_scale, bias, bits)
+    return y.view(*x.shape[:-1], weight_scale.shape[0])
+
+
+def released(weight: Tensor, weight_scale: Tensor, in_features: int, bits: int) -> Tensor:
+    """The released packing of a weight in either layout: 2 dimensions are the released one, 3 the CPU kernel's."""
+    if weight.dim() == 2:
+        return weight
+    from .quantization_cpu import from_layout
+
+    return from_layout(weight, weight_scale.shape[0], in_features, bits)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, weight, weight_scale, _, ctx.bits, _ = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(weight, weight_scale)
+
+
+def _input_gradient(ctx, grad):
+    weight, weight_scale = ctx.saved_tensors
+    weight = released(weight, weight_scale, ctx.in_features, ctx.bits)
+    dtype = torch.float32 if grad.device.type == "cpu" else grad.dtype
+    x_grad = grad.to(dtype) @ dequantize_weight(weight, weight_scale, ctx.bits, dtype)
+    return x_grad.to(grad.dtype), None, None, None, None, None
+
+
+if not hasattr(torch.ops.chatglm, "quantized_linear"):  # the Hugging Face loader may import this file twice
+    _op = torch.library.custom_op("chatglm::quantized_linear", quantized_linear, mutates_args=())
+    _op.register_fake(lambda x, weight, weight_scale, bias, bits, backend: x.new_empty(*x.shape[:-1], len(weight_scale)))
+    _op.register_autograd(_input_gradient, setup_context=_save_for_backward)
+
+
+# ---- the layers -----------------------------------------------------------------------------------------------------
+
+
+class QuantizedLinear(nn.Linear):
+    """y [..., out] = x [..., in] W^T + b, with W in int8 or int4. An nn.Linear, so that PEFT wraps it.
+
+    Its state dict is the released format: `weight` int8, `weight_scale`, `bias`. In memory a kernel may hold `weight` in
+    a layout of its own (3 dimensions): laid out at the first forward, and put back, in the same single copy, before
+    the weight is saved, loaded, moved, copied or pickled. Nothing but `weight_scale` and `bias` follows .half() and the like.
+    """
+
+    def __init__(self, in_features, out_features, bits, *, bias=True, group_size=None, backend="auto", device=None,
+                 dtype=None):  # fmt: skip
+        check_bits(bits, in_features, group_size)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size, self.backend = bits, group_size, backend
+        groups = (out_features,) if group_size is None else (out_features, in_features // group_size)
+        weight = torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(groups, dtype=dtype, device=device), requires_grad=False)
+        bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, bits: int, *, group_size=None, backend="auto") -> "QuantizedLinear":
+        """The quantized form of `linear`, on its device, with scales in its dtype. `linear` itself is left alone."""
+        check_bits(bits, linear.in_features, group_size)
+        weight, scale = quantize_weight(linear.weight.detach(), bits, group_size)
+        layer = cls(linear.in_features, linear.out_features, bits, bias=False, group_size=group_size, backend=backend,
+                    device="meta")  # fmt: skip
+        layer.weight, layer.weight_scale = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale))
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 2 and not torch.compiler.is_compiling():
+            self.lay_out()
+        return torch.ops.chatglm.quantized_linear(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)
+
+    def lay_out(self) -> None:
+        """Put the weight into the layout that its kernel reads, where it has one of its own."""
+        if self.weight.device.type == "cpu" and choose(self.backend, self.weight.device) == "cpu":
+            from .quantization_cpu import to_layout
+
+            self._replace_weight(to_layout(self.weight, self.bits))
+
+    def _release(self) -> None:
+        self._replace_weight(released(self.weight, self.weight_scale, self.in_features, self.bits))
+
+    def _replace_weight(self, weight: Tensor) -> None:
+        if weight is not self.weight:  # a new Parameter: another thread's forward may still read the old one
+            self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+    def _apply(self, fn, recurse=True):
+        self._release()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._release()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        self._release()
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.is_floating_point():  # copying would truncate each weight to -1, 0 or 1
+            errors.append(f"{prefix}weight is {weight.dtype} in the checkpoint, and the layer is int{self.bits}: load it"
+                          " into the unquantized model, then quantize")  # fmt: skip
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def __getstate__(self):  # copy.deepcopy and pickle
+        self._release()
+        return self.__dict__.copy()
+
+    def extra_repr(self) -> str:
+        group = f", group_size={self.group_size}" if self.group_size else ""
+        return f"{super().extra_repr()}, bits={self.bits}{group}, backend={self.backend}"
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """An embedding table in int8: `weight` [tokens, C] and `weight_scale` [tokens]; a row is q * scale."""
+
+    def __init__(self, tokens: int, size: int, *, device=None, dtype=None):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.bits, self.group_size = tokens, size, 8, None
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.weight = nn.Parameter(torch.empty(tokens, size, dtype=torch.int8, device=device), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(tokens, dtype=dtype, device=device), requires_grad=False)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding) -> "QuantizedEmbedding":
+        layer = cls(embedding.num_embeddings, embedding.embedding_dim, device="meta")
+        weight, scale = quantize_weight(embedding.weight.detach(), 8)
+        layer.weight, layer.weight_scale = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale))
+        return layer.train(embedding.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scale = F.embedding(ids, self.weight_scale[:, None])
+        return F.embedding(ids, self.weight).to(scale.dtype) * scale
+
+
+# ---- the swap -------------------------------------------------------------------------------------------------------
+
+
+def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, skip: tuple = (), embedding: bool = False,
+             output_layer: bool = False, backend: str = "auto", empty: bool = False) -> nn.Module:  # fmt: skip
+    """Swap the four linear layers of every block for int8 or int4 ones, in place, and return the model.
+
+    bits: 8, 4, or 0, which changes nothing. group_size: a scale for every 32 or 128 inputs, for quality. skip: names of
+    layers, or of modules around them, that stay as they are ("dense_4h_to_h", "layers.0"). embedding, output_layer: these
+    too, in int8. backend: a kernel family by name. empty: the layers hold no values yet, a checkpoint will fill them.
+    Layer by layer: the peak is the model and one layer. Every layer is rehearsed before the first is swapped, so that a
+    failure leaves the model as it was. A quantized layer is left alone; asking other bits of it is a ValueError.
+    """
+    if bits == 0:
+        return model
+    check_bits(bits)
+
+    def quantized(layer):
+        if isinstance(layer, nn.Embedding):
+            if empty:
+                return QuantizedEmbedding(layer.num_embeddings, layer.embedding_dim, device=layer.weight.device,
+                                          dtype=layer.weight.dtype)  # fmt: skip
+            return QuantizedEmbedding.from_embedding(layer)
+        head = name.endswith("output_layer")
+        options = {"group_size": None if head else group_size, "backend": backend}
+        if empty:
+            return QuantizedLinear(layer.in_features, layer.out_features, 8 if head else bits, bias=layer.bias is not None,
+                                   device=layer.weight.device, dtype=layer.weight.dtype, **options)  # fmt: skip
+        return QuantizedLinear.from_linear(layer, 8 if head else bits, **options)
+
+    found = [name for name, layer in model.named_modules() if _is_target(name, layer, skip, embedding, output_layer)]
+    names = []
+    for name in found:
+        layer = model.get_submodule(name)
+        try:
+            if not hasattr(layer, "weight_scale"):
+                names.append(name)
+                if not empty:
+                    choose(backend, layer.weight.device)
+                    quantized(layer)  # the rehearsal
+            elif name.rpartition(".")[2] in LAYERS and (layer.bits, layer.group_size) != (bits, group_size):
+                raise ValueError(f"already int{layer.bits} with group_size={layer.group_size}, not int{bits} with "
+                                 f"{group_size}: quantize the float checkpoint instead")  # fmt: skip
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{name}: {error}") from error
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized(model.get_submodule(name)))
+    config = getattr(model, "config", None)
+    if config is not None:
+        layers = {name: hasattr(layer, "weight_scale") for name, layer in model.named_modules()
+                  if _is_target(name, layer, (), True, True)}  # fmt: skip
+        options = {
+            "group_size": group_size,
+            "skip": [name for name, done in layers.items() if name.rpartition(".")[2] in LAYERS and not done],
+            "embedding": any(done for name, done in layers.items() if name.endswith("word_embeddings")),
+            "output_layer": any(done for name, done in layers.items() if name.endswith("output_layer")),
+        }
+        config.quantization_bit = bits
+        config.quantization_options = {key: value for key, value in options.items() if value}
+    return model
+
+
+def _is_target(name: str, layer: nn.Module, skip, embedding: bool, output_layer: bool) -> bool:
+    kind = name.rpartition(".")[2]
+    if any(f".{entry}." in f".{name}." for entry in skip):
+        return False
+    if isinstance(layer, nn.Embedding):
+        return embedding and kind == "word_embeddings"
+    return isinstance(layer, nn.Linear) and (kind in LAYERS or output_layer and kind == "output_layer")
