@@ -7,11 +7,10 @@ import threading
 from functools import partial
 
 import torch
-from transformers import LogitsProcessorList
-from transformers.generation.logits_process import InfNanRemoveLogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from .transformers_compat import DynamicCache
+from .transformers_compat import PREPARES_INPUTS, DynamicCache
 
 # From generate's pushing to an iterator's pulling
 
@@ -92,6 +91,13 @@ def thread_state(device):
                 yield
 
     return inherited
+
+
+class FiniteScores(LogitsProcessor):
+    """Scores between -10,000 and 10,000, nan lowest, so that dividing by a temperature and sampling cannot fail."""
+
+    def __call__(self, input_ids, scores):
+        return scores.nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
 
 
 class ChatMixin:
@@ -238,7 +244,9 @@ class ChatMixin:
         settings = {**kwargs, "do_sample": do_sample}
         if do_sample:
             settings.update(top_p=top_p, temperature=temperature)
-        if kwargs.get("max_new_tokens") is None:
+        if kwargs.get("max_new_tokens") is not None:
+            self._check_room(prompt_length, kwargs["max_new_tokens"])
+        else:
             settings["max_length"] = min(max_length, self.config.seq_length)
             if prompt_length >= settings["max_length"]:
                 raise ValueError(
@@ -247,9 +255,17 @@ class ChatMixin:
                     "with max_history_tokens, or raise max_length up to seq_length."
                 )
         settings["logits_processor"] = LogitsProcessorList(
-            [*(logits_processor or []), InfNanRemoveLogitsProcessor()]
+            [*(logits_processor or []), FiniteScores()]
         )
         return settings
+
+    def _check_room(self, prompt_length, max_new_tokens):
+        limit = self.config.seq_length
+        if prompt_length + max_new_tokens > limit:
+            raise ValueError(
+                f"A prompt of {prompt_length} tokens and max_new_tokens={max_new_tokens} pass seq_length={limit}. "
+                f"Shorten the prompt or lower max_new_tokens to {max(limit - prompt_length, 0)}."
+            )
 
     # Generation
 
@@ -271,13 +287,8 @@ class ChatMixin:
         Raises:
             ValueError: prompt and `max_new_tokens` together pass `seq_length`; beams, which cannot be streamed.
         """
-        new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None) or 0
-        if input_ids.shape[1] + new > self.config.seq_length:
-            raise ValueError(
-                f"A prompt of {input_ids.shape[1]} tokens and max_new_tokens={new} pass seq_length="
-                f"{self.config.seq_length}. Shorten the prompt or lower max_new_tokens to "
-                f"{max(self.config.seq_length - input_ids.shape[1], 0)}."
-            )
+        new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
+        self._check_room(input_ids.shape[1], new or 0)
         if return_past_key_values and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = DynamicCache()
         generate = partial(
@@ -295,7 +306,9 @@ class ChatMixin:
                 ids = torch.cat((ids, step.to(ids.device).view(len(ids), -1)), dim=1)
                 yield (ids, kwargs["past_key_values"]) if return_past_key_values else ids
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
         """As in transformers, but for positions that no longer match, and for the prefix of P-Tuning.
 
         Some releases hand the prompt's own `position_ids` to every step, and none knows that a cache begins with a
@@ -304,15 +317,21 @@ class ChatMixin:
         position_ids = kwargs.get("position_ids")
         if position_ids is not None and position_ids.shape[1] < input_ids.shape[1]:
             kwargs["position_ids"] = None
-        if not self.config.pre_seq_len:
+        if PREPARES_INPUTS and not self.config.pre_seq_len:
             return super().prepare_inputs_for_generation(
-                input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+                input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
             )
         seen = self.transformer.count_cached_tokens(past_key_values)
-        inputs_embeds = kwargs.get("inputs_embeds")
-        first = {"inputs_embeds": inputs_embeds} if inputs_embeds is not None and not seen else {}
+        if inputs_embeds is None:
+            inputs = {"input_ids": input_ids[:, seen:]}
+        else:  # they stand for the prompt, which input_ids do not hold then
+            inputs = {"input_ids": input_ids[:, -1:]} if seen else {"inputs_embeds": inputs_embeds}
         return {
-            **(first or {"input_ids": input_ids[:, seen:]}),
+            **inputs,
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "use_cache": kwargs.get("use_cache"),

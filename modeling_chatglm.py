@@ -8,6 +8,7 @@ Hugging Face's loader copies the siblings that this file names, and not what tho
 kernels of `quantization`, they stand here, where it reads too:
     from .quantization_cpm import linear
     from .quantization_cpu import linear
+    from .quantization_cpu_source import source
     from .quantization_triton import linear
 """
 
@@ -26,12 +27,13 @@ from transformers.modeling_outputs import (
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatMixin
 from .quantization import quantize
+from .quantization_loading import ChatGLMQuantizationConfig  # noqa: F401: importing it registers quant_method "chatglm"
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
     DynamicCache,
     GenerationMixin,
     GradientCheckpointingLayer,
-    NonReentrantCheckpointing,
+    ModelFallbacks,
     attention_name,
     cache_update_kwargs,
     causal_mask,
@@ -251,7 +253,7 @@ class PrefixEncoder(nn.Module):
         return list(zip(prefix[0::2], prefix[1::2]))
 
 
-class ChatGLMPreTrainedModel(NonReentrantCheckpointing, PreTrainedModel):
+class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
     """What the public classes share: initialisation, and what they tell transformers about themselves."""
 
     config_class = ChatGLMConfig

@@ -10,7 +10,7 @@ A kernel family is a file, `quantization_<family>.py`, behind the one op `chatgl
 
 import functools
 import warnings
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +45,15 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_weight(weight: Tensor, bits: int, group_size: Optional[int] = None) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, bits: int, group_size: Optional[int] = None) -> Tuple[Tensor, Tensor]:
     """Round a float weight [out, in] to (int8 weight in the released packing, scale [out] or [out, in / group_size]).
 
     Division and rounding are done in the weight's dtype, as the released files were; what bfloat16 rounds up to 128 is
-    held at 127, and a row of zeros has scale 0. Raises ValueError on nan and inf, which no scale can hold.
+    held at 127, and a row of zeros has scale 0. Raises ValueError on nan, inf and weights that hold no values.
     """
     check_bits(bits, weight.shape[1], group_size)
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device and holds no values yet: load the checkpoint first")
     out, columns = weight.shape
     group = group_size or columns
     packed = torch.empty(out, columns * bits // 8, dtype=torch.int8, device=weight.device)
@@ -85,7 +87,7 @@ def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Opti
 
     Float32 on a CPU, where half precision is slower and no more exact; x's own dtype elsewhere.
     """
-    dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     y = F.linear(x.to(dtype), dequantize_weight(weight, weight_scale, bits, dtype))
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
@@ -162,16 +164,36 @@ def _input_gradient(ctx, grad):
     return x_grad.to(grad.dtype), None, None, None, None, None
 
 
-if not hasattr(torch.ops.chatglm, "quantized_linear"):  # the Hugging Face loader may import this file twice
-    _op = torch.library.custom_op("chatglm::quantized_linear", quantized_linear, mutates_args=())
-    _op.register_fake(lambda x, weight, weight_scale, bias, bits, backend: x.new_empty(*x.shape[:-1], len(weight_scale)))
-    _op.register_autograd(_input_gradient, setup_context=_save_for_backward)
+if not hasattr(torch.library, "custom_op"):  # before torch 2.4: the same without torch.compile
+
+    class _Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            _save_for_backward(ctx, inputs, None)
+            return quantized_linear(*inputs)
+
+        backward = staticmethod(_input_gradient)
+
+    op = _Op.apply
+else:
+    if not hasattr(torch.ops.chatglm, "quantized_linear"):  # the Hugging Face loader may import this file twice
+        _op = torch.library.custom_op("chatglm::quantized_linear", quantized_linear, mutates_args=())
+        _op.register_fake(lambda x, weight, scale, bias, bits, backend: x.new_empty(*x.shape[:-1], scale.shape[0]))
+        _op.register_autograd(_input_gradient, setup_context=_save_for_backward)
+    op = torch.ops.chatglm.quantized_linear
 
 
 # ---- the layers -----------------------------------------------------------------------------------------------------
 
 
-class QuantizedLinear(nn.Linear):
+class Frozen(nn.Module):
+    """A module whose parameters ask for no gradient, whoever sets them: only what stands on top of it is trained."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value.requires_grad_(False) if isinstance(value, nn.Parameter) else value)
+
+
+class QuantizedLinear(Frozen, nn.Linear):
     """y [..., out] = x [..., in] W^T + b, with W in int8 or int4. An nn.Linear, so that PEFT wraps it.
 
     Its state dict is the released format: `weight` int8, `weight_scale`, `bias`. In memory a kernel may hold `weight` in
@@ -205,16 +227,22 @@ class QuantizedLinear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dim() == 2 and not torch.compiler.is_compiling():
+        if self.weight.dim() == 2 and not torch.compiler.is_compiling() and not self._comes_and_goes():
             self.lay_out()
-        return torch.ops.chatglm.quantized_linear(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)
+        return op(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)
+
+    def _comes_and_goes(self) -> bool:
+        """Whether accelerate offloads the weight: then it is brought in the released packing for each forward."""
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(hook, "offload", False) for hook in getattr(hook, "hooks", (hook,)))
 
     def lay_out(self) -> None:
         """Put the weight into the layout that its kernel reads, where it has one of its own."""
         if self.weight.device.type == "cpu" and choose(self.backend, self.weight.device) == "cpu":
-            from .quantization_cpu import to_layout
+            from .quantization_cpu import readable, to_layout
 
-            self._replace_weight(to_layout(self.weight, self.bits))
+            if readable(self.in_features, self.group_size):
+                self._replace_weight(to_layout(self.weight, self.bits))
 
     def _release(self) -> None:
         self._replace_weight(released(self.weight, self.weight_scale, self.in_features, self.bits))
@@ -249,7 +277,7 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, bits={self.bits}{group}, backend={self.backend}"
 
 
-class QuantizedEmbedding(nn.Embedding):
+class QuantizedEmbedding(Frozen, nn.Embedding):
     """An embedding table in int8: `weight` [tokens, C] and `weight_scale` [tokens]; a row is q * scale."""
 
     def __init__(self, tokens: int, size: int, *, device=None, dtype=None):
@@ -326,12 +354,15 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
                   if _is_target(name, layer, (), True, True)}  # fmt: skip
         options = {
             "group_size": group_size,
-            "skip": [name for name, done in layers.items() if name.rpartition(".")[2] in LAYERS and not done],
+            "skip": [name[name.find("encoder.") :] for name, done in layers.items()
+                     if name.rpartition(".")[2] in LAYERS and not done],
             "embedding": any(done for name, done in layers.items() if name.endswith("word_embeddings")),
             "output_layer": any(done for name, done in layers.items() if name.endswith("output_layer")),
         }
         config.quantization_bit = bits
         config.quantization_options = {key: value for key, value in options.items() if value}
+        if not config.quantization_options:  # the released format needs none
+            del config.quantization_options
     return model
 
 

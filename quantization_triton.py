@@ -16,6 +16,9 @@ sum over the odd ones are two products, and x is split instead (it is the small 
 
 Every shape is timed over a few configurations when it is first met, which waits for the GPU: run the model once before
 capturing a CUDA graph. Afterwards a call only launches.
+
+For capability 7.5 (Turing) Triton 3.9 makes no tensor-core instructions of `_matmul`: it is correct there, and
+quantization_cpm.py, whose prompts go through torch's matmul, may be the better choice. No speed has been measured yet.
 """
 
 from __future__ import annotations
@@ -39,18 +42,18 @@ def unavailable(device: torch.device) -> Optional[str]:
     try:
         import triton
 
-        if int(triton.__version__.split(".")[0]) < 3:
-            return f"Triton {triton.__version__} is too old: install torch 2.4 or later, which brings Triton 3"
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2):
+            return f"Triton {triton.__version__} cannot compile the kernels: Triton 3.2, which torch 2.6 brings, can"
         with torch.cuda.device(device):
             target = triton.runtime.driver.active.get_current_target()  # builds Triton's launcher with the C compiler
     except ImportError as error:
         return f"Triton cannot be imported ({error}): pip install triton (on Windows triton-windows)"
     except Exception as error:  # whatever keeps the launcher from starting, a model that can go without it goes on
         reason = " ".join(str(error).split())
-        return f"Triton cannot start ({reason}): it needs the GPU's driver and a C compiler such as gcc (or CC set to one)"
+        return f"Triton cannot start ({reason}): it needs the GPU's driver, and gcc, clang or CC set to a C compiler"
     if target.backend == "cuda" and target.arch < 75:
         capability = f"{target.arch // 10}.{target.arch % 10}"
-        return f"Triton compiles for compute capability 7.5 and later, and this card has {capability}: use backend='cpm'"
+        return f"Triton needs compute capability 7.5 or later, and this card has {capability}: use backend='cpm'"
     return None
 
 
@@ -103,7 +106,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
     return y
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def programs_wanted(device: torch.device) -> int:
     """Programs that keep the card's memory busy: two for each multiprocessor."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
@@ -133,9 +136,10 @@ def _int8(byte):
 def _pair(word, X: tl.constexpr):
     """(even, odd) columns of x from words of two."""
     if X == tl.float32:
-        return word.to(tl.int32).to(X, bitcast=True), (word >> 32).to(tl.int32).to(X, bitcast=True)
+        even, odd = word.to(tl.int32), (word >> 32).to(tl.int32)
     else:
-        return word.to(tl.int16).to(X, bitcast=True), (word >> 16).to(tl.int16).to(X, bitcast=True)
+        even, odd = word.to(tl.int16), (word >> 16).to(tl.int16)
+    return even.to(X, bitcast=True), odd.to(X, bitcast=True)
 
 
 def _segment_scales(
@@ -247,7 +251,7 @@ def _sum_splits(part_ptr, bias_ptr, y_ptr, rows, out, SPLITS: tl.constexpr, BLOC
     tl.store(y_ptr + row * out + outs, sums.to(y_ptr.dtype.element_ty), outs < out)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def kernels() -> dict:
     """The kernels by name, ready to launch. The first call imports Triton."""
     import triton
@@ -256,7 +260,7 @@ def kernels() -> dict:
     names = globals()
     names["tl"] = triton.language
     for helper in (_int4, _int8, _pair, _segment_scales):
-        names[helper.__name__] = triton.jit(helper)
+        names[helper.__name__] = triton.jit(getattr(helper, "fn", helper))  # two threads may come here at once
     jit = triton.jit(do_not_specialize=["rows", "bucket"])  # one build for every N
 
     def tuned(kernel, blocks, configs):

@@ -1,37 +1,243 @@
-"""The only file that knows transformers' versions: the newest names with the newest meaning, for older releases too."""
+"""The only file that knows transformers' versions: the newest names with the newest meaning, from 4.30.2 on.
+
+Each fallback says with which release it can be deleted: once that release is the oldest one supported. A feature is
+asked for by its name or its signature; version numbers stand in sentences only.
+
+torch: 2.1 is the oldest with what the float model calls (`scale=` of scaled_dot_product_attention).
+"""
 
 import inspect
+from functools import partial
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-try:
-    from transformers.generation import GenerationMixin
-except ImportError:
-    from transformers import GenerationMixin
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "Cache",
+    "ConversionOps",
     "DynamicCache",
     "GenerationMixin",
     "GradientCheckpointingLayer",
-    "NonReentrantCheckpointing",
+    "HfQuantizer",
+    "ModelFallbacks",
+    "PREPARES_INPUTS",
+    "QuantizationConfigMixin",
     "attention_name",
     "cache_update_kwargs",
     "causal_mask",
+    "register_quantization",
 ]
 
-_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+try:  # quantizing while loading
+    from transformers.quantizers import HfQuantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError:  # delete with 4.38
+    HfQuantizer = QuantizationConfigMixin = object
+    AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING = {}, {}
+
+try:
+    from transformers.core_model_loading import ConversionOps
+except ImportError:  # delete with 5.0
+    ConversionOps = object
+
+
+def register_quantization(method, config_class, quantizer_class):
+    """Make `method` known to from_pretrained's quantization_config; of several imports the last one counts."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
+    AUTO_QUANTIZER_MAPPING[method] = quantizer_class
+
+
+try:
+    from transformers.cache_utils import Cache, DynamicCache
+except ImportError:  # delete with 4.36
+
+    class Cache:
+        """What every cache is an instance of."""
+
+    class DynamicCache(Cache):
+        """Keys and values of each layer, (B, G, S, D), that grow with every token."""
+
+        def __init__(self):
+            self.key_cache, self.value_cache = [], []
+
+        def __len__(self):
+            return len(self.key_cache)
+
+        def __getitem__(self, layer_idx):
+            return self.key_cache[layer_idx], self.value_cache[layer_idx]
+
+        def get_seq_length(self, layer_idx=0):
+            return self.key_cache[layer_idx].shape[2] if layer_idx < len(self) else 0
+
+        def update(self, key, value, layer_idx, cache_kwargs=None):
+            for cache, new in ((self.key_cache, key), (self.value_cache, value)):
+                if layer_idx < len(cache):
+                    cache[layer_idx] = torch.cat((cache[layer_idx], new), dim=2)
+                else:
+                    cache.append(new)
+            return self[layer_idx]
+
+        def reorder_cache(self, beam_idx):
+            for cache in (self.key_cache, self.value_cache):
+                cache[:] = [rows.index_select(0, beam_idx.to(rows.device)) for rows in cache]
+
+
+try:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError:  # delete with 4.48
+
+    class AttentionFunctions(dict):
+        """No attention but the model's own."""
+
+        def __missing__(self, name):
+            raise ValueError(
+                f"attn_implementation={name!r} needs transformers 4.48, which brings the attention interface; "
+                f"{transformers.__version__} is installed. Choose 'sdpa' or 'eager', or upgrade."
+            )
+
+    ALL_ATTENTION_FUNCTIONS = AttentionFunctions()
+
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:  # delete with 4.53
+
+    class GradientCheckpointingLayer(nn.Module):
+        """A block whose activations are computed again in the backward pass, once that is switched on."""
+
+        gradient_checkpointing = False
+
+        def __call__(self, *args, **kwargs):
+            if not (self.gradient_checkpointing and self.training):
+                return super().__call__(*args, **kwargs)
+            kwargs["past_key_values"] = None  # the block runs twice, and would write twice
+            return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
+
+
+try:
+    from transformers.masking_utils import create_causal_mask
+except ImportError:  # delete with 4.53
+
+    def create_causal_mask(config, input_embeds, attention_mask, cache_position, past_key_values, position_ids=None):
+        """Boolean [B, 1, T, S], True where a query may look; additive for eager; None where `is_causal` says it all."""
+        name, (B, T, _), device = attention_name(config), input_embeds.shape, input_embeds.device
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(device, torch.bool)
+        if "flash" in name:
+            return None if attention_mask is None or attention_mask.all() else attention_mask
+        if name == "flex_attention":
+            raise ValueError(f"attn_implementation={name!r} needs transformers 4.53, which brings its masks.")
+        S = T
+        if past_key_values is not None:
+            limit = getattr(past_key_values, "get_max_cache_shape", getattr(past_key_values, "get_max_length", None))
+            static = limit() if limit is not None else None  # a static cache hands out its empty places, too
+            S = static or past_key_values.get_seq_length() + T
+        key_position = torch.arange(S, device=device)
+        mask = (key_position <= cache_position.to(device)[:, None])[None, None]  # (1, 1, T, S)
+        plain = S == T or T == 1 and int(cache_position[-1]) == S - 1
+        if attention_mask is None and past_key_values is None and position_ids is not None:
+            first = position_ids[:, :1] - 1  # packed sequences: a new one begins where positions do not go on by one
+            sequence = (torch.diff(position_ids, prepend=first, dim=-1) != 1).cumsum(-1)
+            if sequence.any():
+                mask, plain = mask & (sequence[:, None, :, None] == sequence[:, None, None, :]), False
+        if attention_mask is not None and not attention_mask.all():
+            attention_mask = nn.functional.pad(attention_mask, (0, max(S - attention_mask.shape[1], 0)))[:, :S]
+            itself = key_position == cache_position.to(device)[:, None]  # so that no row is empty: softmax gives nan
+            mask, plain = mask & attention_mask[:, None, None] | itself, False
+        if name != "eager":
+            return None if plain else mask.expand(B, 1, T, S)
+        lowest = torch.finfo(input_embeds.dtype).min
+        return torch.zeros((), dtype=input_embeds.dtype, device=device).masked_fill(~mask, lowest).expand(B, 1, T, S)
+
+
+# The library's `generate` before 4.46 wants a model to choose the inputs of each step itself.
+PREPARES_INPUTS = "input_ids" in inspect.signature(
+    transformers.GenerationMixin.prepare_inputs_for_generation
+).parameters
+
+if hasattr(transformers.GenerationMixin, "_supports_logits_to_keep"):
+    GenerationMixin = transformers.GenerationMixin
+else:  # delete with 4.49
+
+    class GenerationMixin(transformers.GenerationMixin):
+        """`generate` that scores only the prompt's last token, and that reorders a cache for beams."""
+
+        def generate(self, *args, generation_config=None, **kwargs):
+            drafted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
+            if not (drafted or getattr(generation_config, "prompt_lookup_num_tokens", None)):
+                kwargs.setdefault("logits_to_keep", 1)
+            return super().generate(*args, generation_config=generation_config, **kwargs)
+
+        @staticmethod
+        def _reorder_cache(past_key_values, beam_idx):
+            past_key_values.reorder_cache(beam_idx)
+            return past_key_values
+
+
+class ModelFallbacks:
+    """What newer releases give to every PreTrainedModel; stands in front of it among the bases."""
+
+    _BASE = transformers.PreTrainedModel
+
+    if "gradient_checkpointing_kwargs" not in inspect.signature(_BASE.gradient_checkpointing_enable).parameters:
+        # delete with 4.35
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+            function = partial(checkpoint, **(gradient_checkpointing_kwargs or {"use_reentrant": False}))
+            for layer in self.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, function
+
+        def gradient_checkpointing_disable(self):
+            for layer in self.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.gradient_checkpointing = False
+
+    elif not hasattr(_BASE, "activation_checkpointing_enable"):  # not reentrant by default; delete with 5.0
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+
+    # float32 was the dtype that nobody asked for, and `torch_dtype` its name; delete with 5.0
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        stored = getattr(kwargs.get("config"), "dtype", None)  # a "dtype" in config.json that this release cannot read
+        asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or stored or "auto"
+        attention = None if NAMES_ATTENTION else kwargs.pop("attn_implementation", None)
+        model = super().from_pretrained(*args, **{DTYPE: as_dtype(asked)}, **kwargs)
+        if attention is not None:
+            (model[0] if isinstance(model, tuple) else model).config._attn_implementation = attention
+        return model
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if not NAMES_ATTENTION:
+            config._attn_implementation = kwargs.pop("attn_implementation", attention_name(config))
+        return super()._from_config(config, **({DTYPE: as_dtype(asked)} if asked else {}), **kwargs)
+
+
+DTYPE = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"  # delete with 4.56
+NAMES_ATTENTION = hasattr(transformers.PretrainedConfig(), "_attn_implementation")  # delete with 4.36
+
+
+def as_dtype(name):
+    """torch.float16 for "float16", as releases before 4.42 do not; "auto" and dtypes stay."""
+    return getattr(torch, name.split(".")[-1], name) if isinstance(name, str) else name
 
 
 def attention_name(config):
     """The `attn_implementation` chosen for the model: "sdpa", "eager", "flash_attention_2", ..."""
-    return config._attn_implementation
+    return getattr(config, "_attn_implementation", None) or "sdpa"
+
+
+_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 
 
 def cache_update_kwargs(past_key_values, length, device, cache_position=None):
@@ -56,11 +262,3 @@ def causal_mask(config, inputs_embeds, attention_mask, past_key_values, position
     }
     return create_causal_mask(**{name: value for name, value in kwargs.items() if name in _MASK_PARAMETERS})
 
-
-class NonReentrantCheckpointing:
-    """Gradient checkpointing without reentrance by default, as transformers 5 does. Delete with 4.57."""
-
-    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
-
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})

@@ -129,14 +129,17 @@ def train(model, tokenizer, rows, epochs, seed):
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
 
 
-def wrong_answers(model, tokenizer, dialogues):
-    """(query, answer, given) of every round that greedy decoding answers otherwise."""
+def wrong_answers(model, tokenizer, dialogues, batch_size=64):
+    """(prompt, answer, given) of every round that greedy decoding answers otherwise."""
+    rounds = [(rounds[:i], *turn) for rounds in dialogues for i, turn in enumerate(rounds)]
     wrong = []
-    for rounds in dialogues:
-        for i, (query, answer) in enumerate(rounds):
-            given, _ = model.chat(tokenizer, query, history=rounds[:i], do_sample=False, max_new_tokens=160)
-            if given != answer:
-                wrong.append((query, answer, given))
+    for start in range(0, len(rounds), batch_size):
+        batch = rounds[start : start + batch_size]
+        prompts = [tokenizer.build_prompt(query, history) for history, query, _ in batch]
+        inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=160)[:, inputs["input_ids"].shape[1] :]
+        given = [model.process_response(text) for text in tokenizer.batch_decode(ids)]
+        wrong += [(p, answer, g) for p, (_, _, answer), g in zip(prompts, batch, given) if g != answer]
     return wrong
 
 
@@ -159,6 +162,7 @@ def main():
 
     train(model, tokenizer, rows, args.epochs, args.seed)
     with tempfile.TemporaryDirectory() as folder:
+        model.config.use_cache = model.generation_config.use_cache = True  # the Trainer switches it off
         model.half().save_pretrained(folder)
         for name in ("model.safetensors", "config.json", "generation_config.json"):
             shutil.copy(Path(folder) / name, FOLDER)
@@ -168,8 +172,8 @@ def main():
         wrong = wrong_answers(model.quantize(bits).eval(), tokenizer, dialogues)
         rounds = sum(map(len, dialogues))
         print(f"{f'int{bits}' if bits else 'float'}: {rounds - len(wrong)} of {rounds} rounds answered as in the data")
-        for query, answer, given in wrong[:5]:
-            print(f"    {query!r}: {given!r}, not {answer!r}")
+        for prompt, answer, given in wrong[:5]:
+            print(f"    {prompt!r}: {given!r}, not {answer!r}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""Quantizing while loading: from_pretrained(folder, quantization_config=ChatGLMQuantizationConfig(4)).
+
+Each weight is rounded as it comes off the disk, so that memory holds the quantized model and one weight more. The
+result is what `quantize()` after loading gives, saved and reloaded by `quantization_bit` alone. Importing this file
+registers quant_method "chatglm" with transformers, where it has such a registry (4.39); before that, load, then quantize.
+"""
+
+import ctypes
+import mmap
+import sys
+
+import torch
+from torch import nn
+
+from .quantization import check_bits, quantize, quantize_weight
+from .transformers_compat import ConversionOps, HfQuantizer, QuantizationConfigMixin, register_quantization
+
+
+class ChatGLMQuantizationConfig(QuantizationConfigMixin):
+    """bits 8 or 4, and the options of `quantization.quantize`."""
+
+    def __init__(self, bits=4, group_size=None, skip=(), embedding=False, output_layer=False, backend="auto", **ignored):
+        check_bits(bits)
+        self.quant_method = "chatglm"
+        self.bits, self.group_size, self.skip = bits, group_size, tuple(skip)
+        self.embedding, self.output_layer, self.backend = embedding, output_layer, backend
+
+
+class ChatGLMQuantizer(HfQuantizer):
+    """Builds the empty quantized layers, rounds each float weight that loads, and steps out of the way."""
+
+    requires_calibration = False
+    is_trainable = True  # what trains on top of it: P-Tuning v2 and LoRA
+    is_compileable = True
+
+    def is_serializable(self, safe_serialization=None):
+        return True
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        self.rounds = not model.config.quantization_bit  # else the checkpoint holds int8 and int4 already
+        options = {key: value for key, value in vars(self.quantization_config).items() if key != "quant_method"}
+        quantize(model, empty=True, **options)
+        return model
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        module, _, kind = param_name.rpartition(".")
+        return self.rounds and kind == "weight" and hasattr(model.get_submodule(module), "weight_scale")
+
+    def rounded(self, model, name, weight):
+        """{name: the rounded weight, and its scale's name: the scale}, as parameters of the layer that `name` is of."""
+        module = name.rpartition(".")[0]
+        layer = model.get_submodule(module)
+        try:
+            tensors = quantize_weight(weight, layer.bits, layer.group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        give_back(weight)
+        return {key: nn.Parameter(value, requires_grad=False) for key, value in zip((name, f"{module}.weight_scale"), tensors)}
+
+    def get_quantize_ops(self):  # transformers 5
+        return RoundWhileLoading(self)
+
+    def create_quantized_param(self, model, param_value, param_name, target_device, *args, **kwargs):  # transformers 4
+        for name, value in self.rounded(model, param_name, param_value.to(target_device)).items():
+            module, _, kind = name.rpartition(".")
+            setattr(model.get_submodule(module), kind, value)
+
+    check_quantized_param = param_needs_quantization  # its name before 4.56
+
+    def update_missing_keys(self, model, missing_keys, prefix):  # transformers 4
+        return [key for key in missing_keys if not (self.rounds and key.endswith(".weight_scale"))]
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.rounds and "disk" in getattr(model, "hf_device_map", {}).values():
+            raise ValueError("device_map puts layers on the disk, where transformers leaves their float weights: quantize and"
+                             " save_pretrained without it, and load what that wrote with this device_map")  # fmt: skip
+        self.remove_quantization_config(model)  # `quantization_bit` says it all: the model is what quantize() gives
+        return model
+
+    def remove_quantization_config(self, model):
+        for name in ("hf_quantizer", "quantization_method"):
+            vars(model).pop(name, None)
+        for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
+            vars(model.config).pop(name, None)
+        model.is_quantized = False
+
+
+class RoundWhileLoading(ConversionOps):
+    """transformers 5's form of the above: {name: [float weight]} -> {name: int8 weight, its scale's name: scale}."""
+
+    def __init__(self, hf_quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict, *args, model=None, full_layer_name=None, **kwargs):
+        (value,) = input_dict.values()
+        return self.hf_quantizer.rounded(model, full_layer_name, value[0] if isinstance(value, list) else value)
+
+
+def give_back(weight):
+    """Let go of a weight's pages: a checkpoint that is mapped into memory would stay in it until the last file is read.
+
+    Nothing is lost: a page of a file is read again where it is wanted again.
+    """
+    pageout = getattr(mmap, "MADV_PAGEOUT", 21)
+    if weight.device.type == "cpu" and sys.platform == "linux" and weight.is_contiguous():
+        page = mmap.PAGESIZE
+        begin = -(-weight.data_ptr() // page) * page
+        size = weight.data_ptr() + weight.numel() * weight.element_size() - begin
+        if size > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), pageout)
+
+
+register_quantization("chatglm", ChatGLMQuantizationConfig, ChatGLMQuantizer)

@@ -1,0 +1,112 @@
+"""What the tests share: the repository as the package `chatglm2`, small random models, the carried checkpoint."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "examples" / "tiny"
+SHARED = ROOT.parent / "shared"
+CODE_FILES = sorted(ROOT.glob("*.py"))
+
+
+def import_repository():
+    """Make the repository's files importable as `chatglm2.modeling_chatglm` and so on."""
+    spec = importlib.util.spec_from_loader("chatglm2", loader=None, is_package=True)
+    package = importlib.util.module_from_spec(spec)
+    package.__path__ = [str(ROOT)]
+    sys.modules.setdefault("chatglm2", package)
+
+
+import_repository()
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)  # small tensors: a second thread would only wait, above all beside other work
+    config.addinivalue_line(
+        "markers", "needs_transformers(release, what): skip where transformers is older than the release that brings it"
+    )
+
+
+def release(text):
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for marker in item.iter_markers("needs_transformers"):
+            needed, what = marker.args
+            if release(transformers.__version__) < release(needed):
+                item.add_marker(pytest.mark.skip(reason=f"needs transformers {needed}: {what}"))
+
+
+SMALL = {
+    "num_layers": 3,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 4,
+    "kv_channels": 16,
+    "multi_query_group_num": 2,
+    "padded_vocab_size": 320,
+    "seq_length": 256,
+}
+
+
+@pytest.fixture
+def make_config():
+    """A factory of small configurations; keyword arguments overwrite the small shape."""
+    from chatglm2.configuration_chatglm import ChatGLMConfig
+
+    return lambda **changes: ChatGLMConfig(**{**SMALL, **changes})
+
+
+@pytest.fixture
+def make_model(make_config):
+    """A factory of small random models in evaluation mode, seeded, with weights large enough to tell tokens apart."""
+    from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    def make(cls=ChatGLMForConditionalGeneration, seed=0, attention="sdpa", **changes):
+        torch.manual_seed(seed)
+        config = make_config(initializer_range=0.2, **changes)
+        config._attn_implementation = attention
+        return cls(config).float().eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The carried checkpoint's tokenizer."""
+    from chatglm2.tokenization_chatglm import ChatGLMTokenizer
+
+    return ChatGLMTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """The carried checkpoint in float32; tests must not change it."""
+    from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    return ChatGLMForConditionalGeneration.from_pretrained(TINY).float().eval()
+
+
+@pytest.fixture
+def padded_batch():
+    """Rows of 9, 6 and 3 tokens: ids [3, 9] padded on the left, their mask, and the rows by themselves."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 320, (1, length), generator=generator) for length in (9, 6, 3)]
+    ids = torch.zeros(3, 9, dtype=torch.long)
+    mask = torch.zeros(3, 9, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, 9 - row.shape[1] :] = row
+        mask[i, 9 - row.shape[1] :] = 1
+    return ids, mask, rows
