@@ -341,7 +341,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = config.use_cache if use_cache is None else use_cache
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and any(block.gradient_checkpointing for block in self.encoder.layers):
             use_cache = False  # the blocks run twice, and would write twice
         if output_attentions and attention_name(config) != "eager":
             raise ValueError(

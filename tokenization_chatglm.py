@@ -25,13 +25,13 @@ class SPTokenizer:
     `index_special_tokens` (id -> command), `n_words`, `bos_id`, `eos_id`, `pad_id`.
 
     Raises:
-        FileNotFoundError: there is no file `model_path`.
-        ValueError: the file is not a SentencePiece model, cut short for example.
+        ValueError: there is no file `model_path`, or it is not a SentencePiece model, cut short for example. (Not an
+            OSError, in whose place `from_pretrained` says something vaguer.)
     """
 
     def __init__(self, model_path):
         if model_path is None or not os.path.isfile(model_path):
-            raise FileNotFoundError(
+            raise ValueError(
                 f"tokenizer.model is missing (looked for {model_path}). It belongs to the weights: copy it into the "
                 "folder that is loaded."
             )

@@ -72,20 +72,22 @@ def train_tokenizer(dialogues, vocab_size):
     return AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 
 
-def examples(dialogues, tokenizer):
-    """One example a round: the chat's own prompt, then the answer and </s>; only these are learned."""
-    seen, rows = set(), []
+def examples(dialogues, tokenizer, strays):
+    """One example a round: the chat's own prompt, then the answer and </s>; only these are learned.
+
+    Each round comes `strays` more times behind the rounds of some other dialogue, as in a chat that moves on.
+    """
+    rows = []
     for rounds in dialogues:
         for i, (query, answer) in enumerate(rounds):
-            prompt = tokenizer.build_prompt(query, rounds[:i])
-            if prompt in seen:
-                continue
-            seen.add(prompt)
-            prompt_ids = tokenizer(prompt)["input_ids"]
-            ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
-            if ids[: len(prompt_ids)] != prompt_ids:
-                raise ValueError(f"the tokenizer joins prompt and answer: {prompt[-8:] + answer[:8]!r}")
-            rows.append({"input_ids": ids, "labels": [-100] * len(prompt_ids) + ids[len(prompt_ids) :]})
+            for stray in range(1 + strays):
+                others = random.choice(dialogues)[: random.randint(1, 2)] if stray else []
+                prompt = tokenizer.build_prompt(query, others + rounds[:i])
+                prompt_ids = tokenizer(prompt)["input_ids"]
+                ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
+                if ids[: len(prompt_ids)] != prompt_ids:
+                    raise ValueError(f"the tokenizer joins prompt and answer: {prompt[-8:] + answer[:8]!r}")
+                rows.append({"input_ids": ids, "labels": [-100] * len(prompt_ids) + ids[len(prompt_ids) :]})
     return rows
 
 
@@ -145,7 +147,8 @@ def wrong_answers(model, tokenizer, dialogues, batch_size=64):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=18)
+    parser.add_argument("--strays", type=int, default=2, help="examples of each round behind another dialogue")
     parser.add_argument("--vocab-size", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -153,12 +156,12 @@ def main():
 
     dialogues = read_dialogues()
     tokenizer = train_tokenizer(dialogues, args.vocab_size)
-    rows = examples(dialogues, tokenizer)
+    rows = examples(dialogues, tokenizer, args.strays)
     padded = -len(tokenizer) % 64 + len(tokenizer)
     config = AutoConfig.from_pretrained(REPOSITORY, trust_remote_code=True, padded_vocab_size=padded, **SHAPE)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{len(dialogues)} dialogues, {len(rows)} rounds, {len(tokenizer)} tokens, {size / 1e6:.2f}M parameters")
+    print(f"{len(dialogues)} dialogues, {len(rows)} examples, {len(tokenizer)} tokens, {size / 1e6:.2f}M parameters")
 
     train(model, tokenizer, rows, args.epochs, args.seed)
     with tempfile.TemporaryDirectory() as folder:
