@@ -24,6 +24,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
+from .cache_chatglm import give_room
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatMixin
 from .quantization import quantize
@@ -355,6 +356,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         B, T, _ = inputs_embeds.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        if not self.training:
+            give_room(past_key_values)
 
         seen = self.count_cached_tokens(past_key_values)
         self._check_mask(attention_mask, past_key_values, seen, T)

@@ -19,6 +19,7 @@ __all__ = [
     "Cache",
     "ConversionOps",
     "DynamicCache",
+    "DynamicLayer",
     "GenerationMixin",
     "GradientCheckpointingLayer",
     "HfQuantizer",
@@ -85,6 +86,11 @@ except ImportError:  # delete with 4.36
             for cache in (self.key_cache, self.value_cache):
                 cache[:] = [rows.index_select(0, beam_idx.to(rows.device)) for rows in cache]
 
+
+try:
+    from transformers.cache_utils import DynamicLayer
+except ImportError:  # caches without layers keep torch.cat; delete with 4.56
+    DynamicLayer = object
 
 try:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,0 +1,122 @@
+"""Time a token at a growing context, beside transformers' GlmForCausalLM with the same weights.
+
+    python benchmarks/decode.py [--dtype float32] [--device cpu] [--contexts 512 2048 8192]
+
+The toy's shape scaled up: hidden 1024, 8 layers, random weights. The caches are filled with random keys and values of
+the context's length; then both models decode in turns, token by token. One JSON line goes to benchmarks/results/.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import DynamicCache
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import conftest  # noqa: E402, F401  (the repository as the package `chatglm2`)
+from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
+from test_against_glm import glm_twin  # noqa: E402
+
+SHAPE = {
+    "num_layers": 8,
+    "hidden_size": 1024,
+    "ffn_hidden_size": 2560,
+    "num_attention_heads": 32,
+    "kv_channels": 32,
+    "multi_query_group_num": 2,
+    "padded_vocab_size": 1664,
+    "seq_length": 16384,
+}
+
+
+def filled_cache(model, context, seed=0):
+    """A cache of `context` random tokens, in the form that the model itself would have made."""
+    config, cache = model.config, DynamicCache()
+    if hasattr(config, "kv_channels"):
+        from chatglm2.cache_chatglm import give_room
+
+        give_room(cache)
+    generator = torch.Generator().manual_seed(seed)
+    size = (1, config.num_key_value_heads, context, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        key, value = (torch.randn(size, generator=generator).to(model.device, model.dtype) for _ in range(2))
+        cache.update(key, value, layer)
+    return cache
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def step_times(models, context, tokens, warmup=4):
+    """Seconds of each step, a list for each model, the models in turns."""
+    caches, times = [filled_cache(model, context) for model in models], [[] for _ in models]
+    device = models[0].device
+    token = torch.tensor([[5]], device=device)
+    for _ in range(tokens + warmup):
+        for model, cache, record in zip(models, caches, times):
+            synchronize(device)
+            start = time.perf_counter()
+            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            synchronize(device)
+            record.append(time.perf_counter() - start)
+    return [record[warmup:] for record in times]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    torch.manual_seed(0)
+    ours = ChatGLMForConditionalGeneration(ChatGLMConfig(**SHAPE)).eval()
+    glm = glm_twin(ours)
+    glm.set_attn_implementation("sdpa")
+    models = [model.to(args.device, getattr(torch, args.dtype)) for model in (ours, glm)]
+
+    rows = []
+    for context in args.contexts:
+        ours_ms, glm_ms = (1000 * statistics.median(record) for record in step_times(models, context, args.tokens))
+        rows.append({"context": context, "ours_ms": round(ours_ms, 2), "glm_ms": round(glm_ms, 2)})
+        print(f"context {context:6d}: {ours_ms:7.2f} ms a token, GlmForCausalLM {glm_ms:7.2f}", flush=True)
+    growth = rows[-1]["ours_ms"] / rows[0]["ours_ms"]
+    print(f"a token at {rows[-1]['context']} costs {growth:.2f} times one at {rows[0]['context']}")
+    result = {
+        "benchmark": "decode",
+        "shape": SHAPE,
+        "dtype": args.dtype,
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rows": rows,
+        "growth": round(growth, 3),
+    }
+    with open(Path(__file__).parent / "results" / "decode.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(result) + "\n")
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

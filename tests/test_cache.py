@@ -1,0 +1,92 @@
+"""The cache that grows in place holds what transformers' own holds, whatever is done to it in between."""
+
+import copy
+
+import pytest
+import torch
+from chatglm2.transformers_compat import DynamicCache
+
+pytestmark = pytest.mark.needs_transformers("4.56", "caches made of layers")
+
+
+@pytest.fixture
+def pair():
+    """(transformers' cache, ours), empty."""
+    from chatglm2.cache_chatglm import give_room
+
+    plain, growing = DynamicCache(), DynamicCache()
+    give_room(growing)
+    return plain, growing
+
+
+def feed(caches, length, seed, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    key, value = (torch.randn(batch, 2, length, 4, generator=generator) for _ in range(2))
+    plain, growing = (cache.update(key, value, 0) for cache in caches)
+    assert torch.equal(plain[0], growing[0]) and torch.equal(plain[1], growing[1])
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
+def test_growing_past_several_buffers(pair):
+    """A prompt, then single tokens across two buffers' ends: the same keys and values at every step."""
+    feed(pair, 250, 0)
+    for step in range(300):
+        feed(pair, 1, step + 1)
+
+
+def test_a_step_writes_in_place(pair):
+    """Within its room the buffer stays where it is: nothing is copied."""
+    _, growing = pair
+    feed(pair, 5, 0)
+    place = growing.layers[0].keys.data_ptr()
+    for step in range(200):
+        feed(pair, 1, step + 1)
+    assert growing.layers[0].keys.data_ptr() == place
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "deepcopy", "reset"])
+def test_going_on_after_a_change(pair, change):
+    """After crop, beam reordering, repetition, selection, a copy or a reset, both caches go on alike."""
+    feed(pair, 7, 0)
+    feed(pair, 1, 1)
+    batch, others = 2, ()
+    if change == "deepcopy":
+        others, pair = pair, copy.deepcopy(pair)
+    for cache in pair:
+        if change == "crop":
+            cache.crop(-3)
+        elif change == "reorder":
+            cache.reorder_cache(torch.tensor([1, 0]))
+        elif change == "repeat":
+            cache.batch_repeat_interleave(2)
+        elif change == "select":
+            cache.batch_select_indices(torch.tensor([1]))
+        elif change == "reset":
+            cache.reset()
+    batch = {"repeat": 4, "select": 1}.get(change, 2)
+    for step in range(3):
+        feed(pair, 1, step + 2, batch)
+    if others:  # the original is not written to
+        feed(others, 1, 9)
+
+
+def test_generate_uses_it(make_model):
+    """The cache that `generate` makes itself grows in place, and one handed out by forward does."""
+    from chatglm2.cache_chatglm import GrowingLayer
+
+    model, ids = make_model(), torch.tensor([[5, 6, 7]])
+    out = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert {type(layer) for layer in out.past_key_values.layers} == {GrowingLayer}
+    with torch.no_grad():
+        assert type(model(ids).past_key_values.layers[0]) is GrowingLayer
+
+
+def test_training_keeps_concatenating(make_model):
+    """Gradients flow through cached keys: what needs a gradient is never written in place."""
+    model, ids = make_model(), torch.tensor([[5, 6, 7, 8]])
+    cache = DynamicCache()
+    model(ids[:, :2], past_key_values=cache)
+    loss = model(ids[:, 2:], past_key_values=cache).logits.square().mean()
+    loss.backward()
+    weight = model.transformer.encoder.layers[0].self_attention.query_key_value.weight
+    assert weight.grad.abs().sum() > 0
