@@ -54,6 +54,22 @@ class ChatGLMConfig(PretrainedConfig):
         "rms_norm_eps": "layernorm_epsilon",
     }
 
+    # Rows of query_key_value ([32 query | 2 key | 2 value heads]) and of dense_h_to_4h ([gate | up]) cannot be cut into
+    # equal contiguous shares of heads and channels: each rank multiplies its share of the rows, and all get the whole.
+    base_model_tp_plan = {
+        "encoder.layers.*.self_attention.query_key_value": "colwise_rep",
+        "encoder.layers.*.self_attention.dense": "rowwise_rep",
+        "encoder.layers.*.mlp.dense_h_to_4h": "colwise_rep",
+        "encoder.layers.*.mlp.dense_4h_to_h": "rowwise_rep",
+        "output_layer": "colwise_rep",
+    }
+    base_model_pp_plan = {
+        "embedding": (["input_ids"], ["inputs_embeds"]),
+        "encoder.layers": (["x", "attention_mask"], ["x"]),
+        "encoder.final_layernorm": (["x"], ["x"]),
+        "output_layer": (["x"], ["logits"]),
+    }
+
     def __init__(
         self,
         num_layers=28,

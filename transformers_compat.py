@@ -3,34 +3,22 @@
 Each fallback says with which release it can be deleted: once that release is the oldest one supported. A feature is
 asked for by its name or its signature; version numbers stand in sentences only.
 
-torch: 2.1 is the oldest with what the float model calls (`scale=` of scaled_dot_product_attention).
+torch: 2.4 is the oldest that has what is called here and in the siblings (`torch.library.custom_op`, autocast by the
+device's name); only 2.13 was tested.
 """
 
-import inspect
 from functools import partial
+from inspect import signature
 
 import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-__all__ = [
-    "ALL_ATTENTION_FUNCTIONS",
-    "Cache",
-    "ConversionOps",
-    "DynamicCache",
-    "DynamicLayer",
-    "GenerationMixin",
-    "GradientCheckpointingLayer",
-    "HfQuantizer",
-    "ModelFallbacks",
-    "PREPARES_INPUTS",
-    "QuantizationConfigMixin",
-    "attention_name",
-    "cache_update_kwargs",
-    "causal_mask",
-    "register_quantization",
-]
+__all__ = ["ALL_ATTENTION_FUNCTIONS", "ConversionOps", "DynamicCache", "DynamicLayer", "GenerationMixin",
+           "GradientCheckpointingLayer", "HfQuantizer", "ModelFallbacks", "PREPARES_INPUTS", "QuantizationConfigMixin",
+           "attention_name", "cache_update_kwargs", "causal_mask", "register_quantization"]  # fmt: skip
 
 try:  # quantizing while loading
     from transformers.quantizers import HfQuantizer
@@ -53,13 +41,10 @@ def register_quantization(method, config_class, quantizer_class):
 
 
 try:
-    from transformers.cache_utils import Cache, DynamicCache
+    from transformers.cache_utils import DynamicCache
 except ImportError:  # delete with 4.36
 
-    class Cache:
-        """What every cache is an instance of."""
-
-    class DynamicCache(Cache):
+    class DynamicCache:
         """Keys and values of each layer, (B, G, S, D), that grow with every token."""
 
         def __init__(self):
@@ -100,10 +85,7 @@ except ImportError:  # delete with 4.48
         """No attention but the model's own."""
 
         def __missing__(self, name):
-            raise ValueError(
-                f"attn_implementation={name!r} needs transformers 4.48, which brings the attention interface; "
-                f"{transformers.__version__} is installed. Choose 'sdpa' or 'eager', or upgrade."
-            )
+            raise ValueError(f"attn_implementation={name!r} needs transformers 4.48: upgrade, or take 'sdpa'.")
 
     ALL_ATTENTION_FUNCTIONS = AttentionFunctions()
 
@@ -130,31 +112,33 @@ except ImportError:  # delete with 4.53
     def create_causal_mask(config, input_embeds, attention_mask, cache_position, past_key_values, position_ids=None):
         """Boolean [B, 1, T, S], True where a query may look; additive for eager; None where `is_causal` says it all."""
         name, (B, T, _), device = attention_name(config), input_embeds.shape, input_embeds.device
-        if attention_mask is not None and attention_mask.dim() == 4:
-            return attention_mask
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(device, torch.bool)
-        if "flash" in name:
-            return None if attention_mask is None or attention_mask.all() else attention_mask
         if name == "flex_attention":
-            raise ValueError(f"attn_implementation={name!r} needs transformers 4.53, which brings its masks.")
-        S = T
-        if past_key_values is not None:
-            limit = getattr(past_key_values, "get_max_cache_shape", getattr(past_key_values, "get_max_length", None))
-            static = limit() if limit is not None else None  # a static cache hands out its empty places, too
-            S = static or past_key_values.get_seq_length() + T
-        key_position = torch.arange(S, device=device)
-        mask = (key_position <= cache_position.to(device)[:, None])[None, None]  # (1, 1, T, S)
-        plain = S == T or T == 1 and int(cache_position[-1]) == S - 1
-        if attention_mask is None and past_key_values is None and position_ids is not None:
-            first = position_ids[:, :1] - 1  # packed sequences: a new one begins where positions do not go on by one
-            sequence = (torch.diff(position_ids, prepend=first, dim=-1) != 1).cumsum(-1)
-            if sequence.any():
+            raise ValueError(f"attn_implementation={name!r} needs transformers 4.53: upgrade, or take 'sdpa'.")
+
+        def whole(mask):  # a graph that is compiled cannot ask
+            return not torch.compiler.is_compiling() and bool(mask.all())
+
+        if attention_mask is not None:
+            if attention_mask.dim() == 4:
+                return attention_mask
+            attention_mask = attention_mask.to(device, torch.bool)
+            attention_mask = None if whole(attention_mask) else attention_mask
+        if "flash" in name:
+            return attention_mask
+        limit, S = None, T
+        if past_key_values is not None:  # a static cache has a limit, and hands out its empty places, too
+            limit = getattr(past_key_values, "get_max_cache_shape", getattr(past_key_values, "get_max_length", int))()
+            S = limit or past_key_values.get_seq_length() + T
+        place, query = torch.arange(S, device=device), cache_position.to(device)[:, None]
+        mask = (place <= query)[None, None]  # (1, 1, T, S)
+        plain = not limit and (S == T or T == 1)
+        if attention_mask is not None:
+            real = nn.functional.pad(attention_mask, (0, S - attention_mask.shape[1]))[:, None, None]
+            mask, plain = mask & real | (place == query), False  # a row that sees nothing would give nan
+        elif past_key_values is None and position_ids is not None:  # packed: a sequence ends where positions jump
+            sequence = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+            if not whole(sequence == 0):
                 mask, plain = mask & (sequence[:, None, :, None] == sequence[:, None, None, :]), False
-        if attention_mask is not None and not attention_mask.all():
-            attention_mask = nn.functional.pad(attention_mask, (0, max(S - attention_mask.shape[1], 0)))[:, :S]
-            itself = key_position == cache_position.to(device)[:, None]  # so that no row is empty: softmax gives nan
-            mask, plain = mask & attention_mask[:, None, None] | itself, False
         if name != "eager":
             return None if plain else mask.expand(B, 1, T, S)
         lowest = torch.finfo(input_embeds.dtype).min
@@ -162,22 +146,25 @@ except ImportError:  # delete with 4.53
 
 
 # The library's `generate` before 4.46 wants a model to choose the inputs of each step itself.
-PREPARES_INPUTS = "input_ids" in inspect.signature(
-    transformers.GenerationMixin.prepare_inputs_for_generation
-).parameters
+PREPARES_INPUTS = "input_ids" in signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
 
 if hasattr(transformers.GenerationMixin, "_supports_logits_to_keep"):
     GenerationMixin = transformers.GenerationMixin
 else:  # delete with 4.49
 
     class GenerationMixin(transformers.GenerationMixin):
-        """`generate` that scores only the prompt's last token, and that reorders a cache for beams."""
+        """`generate` that scores the prompt's last token alone, begins with embeddings, and reorders a cache."""
 
         def generate(self, *args, generation_config=None, **kwargs):
             drafted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
             if not (drafted or getattr(generation_config, "prompt_lookup_num_tokens", None)):
                 kwargs.setdefault("logits_to_keep", 1)
             return super().generate(*args, generation_config=generation_config, **kwargs)
+
+        def _maybe_initialize_input_ids_for_generation(self, inputs=None, bos_token_id=None, model_kwargs=None):
+            if inputs is None and "inputs_embeds" in (model_kwargs or {}):
+                return torch.ones(len(model_kwargs["inputs_embeds"]), 0, dtype=torch.long, device=self.device)
+            return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
 
         @staticmethod
         def _reorder_cache(past_key_values, beam_idx):
@@ -188,32 +175,30 @@ else:  # delete with 4.49
 class ModelFallbacks:
     """What newer releases give to every PreTrainedModel; stands in front of it among the bases."""
 
-    _BASE = transformers.PreTrainedModel
+    if "safe_serialization: bool = False" in str(signature(PreTrainedModel.save_pretrained)):  # delete with 4.35
 
-    if "gradient_checkpointing_kwargs" not in inspect.signature(_BASE.gradient_checkpointing_enable).parameters:
+        def save_pretrained(self, *args, safe_serialization=True, **kwargs):
+            super().save_pretrained(*args, safe_serialization=safe_serialization, **kwargs)
+
+    if "gradient_checkpointing_kwargs" not in signature(PreTrainedModel.gradient_checkpointing_enable).parameters:
         # delete with 4.35
-
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, enable=True):
             function = partial(checkpoint, **(gradient_checkpointing_kwargs or {"use_reentrant": False}))
             for layer in self.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, function
+                    layer.gradient_checkpointing, layer._gradient_checkpointing_func = enable, function
 
         def gradient_checkpointing_disable(self):
-            for layer in self.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.gradient_checkpointing = False
+            self.gradient_checkpointing_enable(enable=False)
 
-    elif not hasattr(_BASE, "activation_checkpointing_enable"):  # not reentrant by default; delete with 5.0
+    elif not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # not reentrant by default; delete with 5.0
 
         def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
 
-    # float32 was the dtype that nobody asked for, and `torch_dtype` its name; delete with 5.0
-
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        stored = getattr(kwargs.get("config"), "dtype", None)  # a "dtype" in config.json that this release cannot read
+    def from_pretrained(cls, *args, **kwargs):  # float32 was the default, `torch_dtype` the name; delete with 5.0
+        stored = getattr(kwargs.get("config"), "dtype", None)  # written by a release that names it so
         asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or stored or "auto"
         attention = None if NAMES_ATTENTION else kwargs.pop("attn_implementation", None)
         model = super().from_pretrained(*args, **{DTYPE: as_dtype(asked)}, **kwargs)
@@ -243,7 +228,7 @@ def attention_name(config):
     return getattr(config, "_attn_implementation", None) or "sdpa"
 
 
-_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+_MASK_PARAMETERS = signature(create_causal_mask).parameters
 
 
 def cache_update_kwargs(past_key_values, length, device, cache_position=None):
@@ -258,13 +243,7 @@ def cache_update_kwargs(past_key_values, length, device, cache_position=None):
 
 def causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position=None):
     """The causal mask in the form that the chosen attention takes, from a mask [B, S] of real tokens or None."""
-    kwargs = {
-        "config": config,
-        "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
-        "position_ids": position_ids,
-        "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds": inputs_embeds,
-        "cache_position": cache_position,
-    }
+    embeds = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
+    kwargs = {"config": config, embeds: inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids,
+              "past_key_values": past_key_values, "cache_position": cache_position}  # fmt: skip
     return create_causal_mask(**{name: value for name, value in kwargs.items() if name in _MASK_PARAMETERS})
-

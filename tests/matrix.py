@@ -1,13 +1,15 @@
 """Run the test suite on every supported release of transformers, and write the table tests/matrix.md.
 
-    python tests/matrix.py [--releases 4.30.2 5.23.0] [--jobs 2] [--quick] [TESTS ...]
+    python tests/matrix.py [--releases 4.30.2 5.23.0] [--quick] [--jobs 2] [--tests tests/test_model.py]
 
 Each release gets an environment under build/matrix/. torch, pytest and what they need are not installed again: they
-are linked from the environment that runs this script. Everything else is pinned below.
+are linked from the environment that runs this script. Everything else is pinned below. Only a run of all releases and
+all tests writes the table to its file; it takes about half an hour on two cores.
 """
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -39,6 +41,7 @@ PINS = {
     "5.10.4": ("0.22.2", "1.18.0", "1.13.0", "0.7.0"),
     "5.23.0": ("0.23.3", "2.4.0", "1.15.0", "0.8.0"),
 }
+QUICK = ("4.30.2", "4.48.3", "4.57.6", "5.23.0")
 SHARED = ("torch", "numpy", "sentencepiece", "jinja2", "pytest", "hypothesis")
 
 
@@ -79,3 +82,89 @@ def make_environment(release, folder):
     subprocess.run([*pip, "--constraint", str(constraints), *pins], check=True)
     done.touch()
     return python
+
+
+def run_tests(python, tests, home):
+    """{test file: {"passed", "failed", "not offered", "skipped": how many}} and the names of those that failed."""
+    report = home / "junit.xml"
+    report.unlink(missing_ok=True)
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", "--tb=short", f"--junitxml={report}"]
+    modules = home / "modules"  # where the library copies a model's code to
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(modules),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    with open(home / "pytest.txt", "w") as log:
+        subprocess.run([*command, *tests], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    if not report.exists():
+        raise RuntimeError(f"pytest did not get to its end: see {log.name}")
+    groups, failures = {}, []
+    for case in ElementTree.parse(report).iter("testcase"):
+        group = (case.get("classname") or case.get("name")).split(".")[
+            -1
+        ]  # a file that cannot be imported has no class
+        found = {child.tag: child for child in case}
+        if "failure" in found or "error" in found:
+            kind = "failed"
+            failures.append(f"{group}::{case.get('name')}")
+        elif "skipped" in found:
+            kind = "not offered" if "needs transformers" in found["skipped"].get("message", "") else "skipped"
+        else:
+            kind = "passed"
+        counts = groups.setdefault(group.removeprefix("test_"), {})
+        counts[kind] = counts.get(kind, 0) + 1
+    return groups, failures
+
+
+def cell(counts):
+    """ "40", all of which passed; or "38, 2 not offered"; or "**1 failed**, 39"."""
+    parts = [f"**{counts['failed']} failed**"] if "failed" in counts else []
+    parts += [str(counts["passed"])] if "passed" in counts else []
+    parts += [f"{counts[kind]} {kind}" for kind in ("not offered", "skipped") if kind in counts]
+    return ", ".join(parts)
+
+
+def table(results):
+    """Markdown: a row a release, a column a file of tests."""
+    columns = sorted({group for groups, _ in results.values() for group in groups})
+    rows = [["transformers", *columns], ["---"] * (len(columns) + 1)]
+    rows += [
+        [release, *(cell(groups.get(column, {})) for column in columns)] for release, (groups, _) in results.items()
+    ]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--releases", nargs="+", choices=PINS, default=list(PINS), metavar="RELEASE")
+    parser.add_argument("--quick", action="store_true", help=f"the releases {', '.join(QUICK)} alone")
+    parser.add_argument("--jobs", type=int, default=1, help="releases at a time")
+    parser.add_argument("--tests", nargs="+", default=[], help="files of tests, and options of pytest")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "matrix", help="where the environments are")
+    args = parser.parse_args()
+    releases = [release for release in args.releases if not args.quick or release in QUICK]
+    link_shared(args.folder / "shared")
+
+    def run(release):
+        begin = time.time()
+        groups, failures = run_tests(make_environment(release, args.folder), args.tests, args.folder / release)
+        print(f"{release}: {time.time() - begin:.0f} s, {len(failures)} failed", *failures, sep="\n    ", flush=True)
+        return groups, failures
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = dict(zip(releases, pool.map(run, releases)))
+    print(table(results))
+    if len(releases) == len(PINS) and not args.tests:
+        text = (
+            f"Tests of each file that passed, made by `python tests/matrix.py` on Python {platform.python_version()} with "
+            f"torch {metadata.version('torch')}, {platform.machine()}. Not offered: that release of transformers lacks "
+            "the feature. Skipped: this machine lacks what the test needs, a GPU for example.\n\n"
+        )
+        (ROOT / "tests" / "matrix.md").write_text(text + table(results))
+    sys.exit(any(failures for _, failures in results.values()))
+
+
+if __name__ == "__main__":
+    main()

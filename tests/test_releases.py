@@ -145,8 +145,8 @@ def test_unexpected_keyword_argument_standardize_cache_format(make_model):
 def test_no_attribute_extract_past_from_model_output(make_model):
     """The caller gets the cache of all tokens but the last, which no step has read."""
     model, (ids, mask) = make_model(), batch()
-    steps = model.stream_generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, return_past_key_values=True)
-    *_, (last, cache) = steps
+    settings = {"max_new_tokens": 3, "do_sample": False, "return_past_key_values": True}
+    *_, (last, cache) = model.stream_generate(ids, attention_mask=mask, **settings)
     assert cache.get_seq_length() == last.shape[1] - 1
 
 
@@ -220,7 +220,7 @@ def test_the_default_dtype_is_the_checkpoints(folder, tmp_path):
 
 
 def test_buffers_made_on_the_meta_device(folder):
-    """5.x builds on the meta device: a plain tensor stays there, and a buffer that no file holds comes up as garbage."""
+    """5.x builds on the meta device: a plain tensor stays there, and a buffer that no file holds comes up garbage."""
     model = load(folder)
     assert not dict(model.named_buffers())
     for name, module in model.named_modules():
@@ -269,8 +269,10 @@ def test_attention_is_chosen_at_load(folder):
     conftest.release(transformers.__version__) >= (4, 48), reason="the attention interface is there: nothing to refuse"
 )
 def test_an_attention_that_a_later_release_brings_is_named(make_model):
+    model = make_model()
+    model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match=r"flex_attention.*4\.\d\d"):
-        make_model(attention="flex_attention")(input_ids=torch.tensor([[5, 6]]))
+        model(input_ids=torch.tensor([[5, 6]]))
 
 
 def test_classification_loads_from_a_checkpoint_without_a_head(folder):
@@ -291,11 +293,12 @@ VARIANTS = {
 
 def formula_model(**changes):
     """A model whose weights are the same numbers wherever it is built; its logits are about 1."""
-    shape = {**SMALL, "num_layers": 2, "hidden_size": 32, "kv_channels": 8, "ffn_hidden_size": 48, "padded_vocab_size": 96}
-    model = ChatGLMForConditionalGeneration(ChatGLMConfig(**{**shape, **changes})).float().eval()
+    shape = {"num_layers": 2, "hidden_size": 32, "kv_channels": 8, "ffn_hidden_size": 48, "padded_vocab_size": 96}
+    model = ChatGLMForConditionalGeneration(ChatGLMConfig(**{**SMALL, **shape, **changes})).float().eval()
     state = model.state_dict()
     for seed, (name, tensor) in enumerate(sorted(state.items())):
-        state[name] = formula_tensor(tuple(tensor.shape), 0.2, seed, 1.0 if "norm" in name and "weight" in name else 0.0)
+        offset = 1.0 if "layernorm.weight" in name else 0.0
+        state[name] = formula_tensor(tuple(tensor.shape), 0.2, seed, offset)
     model.load_state_dict(state)
     return model
 
