@@ -25,11 +25,19 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TOY), help="folder with weights and tokenizer.model (default: the toy)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bfloat16 on a CPU, else float16")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bfloat16 on a CPU, else float16"
+    )
     parser.add_argument("--quantize", type=int, default=0, choices=[0, 4, 8], help="hold the weights in so many bits")
-    parser.add_argument("--max-new-tokens", type=int, default=None, help="tokens an answer may take (default: what fits)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: 0.8)")
-    parser.add_argument("--top-p", type=float, default=0.8, help="sample among the likeliest tokens of so much probability")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=None, help="tokens an answer may take (default: what fits)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.8, help="sample among the likeliest tokens of so much probability"
+    )
     parser.add_argument("--seed", type=int, default=None, help="make sampled answers repeatable")
     return parser.parse_args(arguments)
 
@@ -45,7 +53,9 @@ def choose_device(name):
 def load(folder, device, dtype, bits):
     """(model, tokenizer) of the weights in `folder`, by the code beside this file: the folder needs none of its own."""
     if not Path(folder).is_dir():
-        raise SystemExit(f"{folder} is no folder. Give the one that holds config.json, the weights and tokenizer.model.")
+        raise SystemExit(
+            f"{folder} is no folder. Give the one that holds config.json, the weights and tokenizer.model."
+        )
     model_class = get_class_from_dynamic_module("modeling_chatglm.ChatGLMForConditionalGeneration", str(CODE))
     tokenizer_class = get_class_from_dynamic_module("tokenization_chatglm.ChatGLMTokenizer", str(CODE))
     if dtype == "auto":
@@ -136,9 +146,13 @@ def main(arguments=None):
     except ImportError:
         write("(line editing needs the readline module)\n")  # Windows
     bits = f"int{args.quantize}" if args.quantize else str(model.dtype).removeprefix("torch.")
-    write(f"ChatGLM2 from {args.model} in {bits} on {model.device}. clear: forget, stop: leave, Ctrl-C: end an answer.\n")
+    write(
+        f"ChatGLM2 from {args.model} in {bits} on {model.device}. clear: forget, stop: leave, Ctrl-C: end an answer.\n"
+    )
     if Path(args.model).resolve() == TOY:
-        write("This toy has learned the dialogues in examples/tiny/dialogues.jsonl by heart. Try 你好, Hello, 讲个笑话.\n")
+        write(
+            "This toy has learned the dialogues in examples/tiny/dialogues.jsonl by heart. Try 你好, Hello, 讲个笑话.\n"
+        )
     talk(conversation, lambda: input("\n> "), interactive=True)
 
 

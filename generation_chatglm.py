@@ -226,7 +226,9 @@ class ChatMixin:
             return len(tokenizer(tokenizer.build_prompt(query, rounds))["input_ids"])
 
         alone = tokens([])
-        first = next((i for i in range(len(history)) if tokens(history[i:]) - alone <= max_history_tokens), len(history))
+        first = next(
+            (i for i in range(len(history)) if tokens(history[i:]) - alone <= max_history_tokens), len(history)
+        )
         return history[first:]
 
     def _next_round_inputs(self, tokenizer, query, history, past_key_values):
@@ -237,9 +239,7 @@ class ChatMixin:
         input_ids = torch.tensor([cached + new], device=self.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def _chat_settings(
-        self, prompt_length, max_length, do_sample, top_p, temperature, logits_processor, **kwargs
-    ):
+    def _chat_settings(self, prompt_length, max_length, do_sample, top_p, temperature, logits_processor, **kwargs):
         """Keyword arguments for `generate`; checks that the answer's length fits the model."""
         settings = {**kwargs, "do_sample": do_sample}
         if do_sample:
@@ -254,9 +254,7 @@ class ChatMixin:
                     f"seq_length={self.config.seq_length}, leaves none for an answer. Shorten the query, drop rounds "
                     "with max_history_tokens, or raise max_length up to seq_length."
                 )
-        settings["logits_processor"] = LogitsProcessorList(
-            [*(logits_processor or []), FiniteScores()]
-        )
+        settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
         return settings
 
     def _check_room(self, prompt_length, max_new_tokens):

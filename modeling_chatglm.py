@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -28,7 +29,7 @@ from .cache_chatglm import give_room
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatMixin
 from .quantization import quantize
-from .quantization_loading import ChatGLMQuantizationConfig  # noqa: F401: importing it registers quant_method "chatglm"
+from .quantization_loading import ChatGLMQuantizationConfig  # noqa: F401 (it registers quant_method "chatglm")
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
     DynamicCache,
@@ -86,7 +87,9 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm in float32, cast once at the end, for configurations with `rmsnorm` false."""
 
     def forward(self, x):
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
+            x.dtype
+        )
 
 
 def make_norm(config):
@@ -241,7 +244,9 @@ class PrefixEncoder(nn.Module):
         self.embedding = nn.Embedding(config.pre_seq_len, size)
         self.trans = nn.Identity()
         if config.prefix_projection:
-            self.trans = nn.Sequential(nn.Linear(size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size))
+            self.trans = nn.Sequential(
+                nn.Linear(size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
+            )
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, batch_size, dtype):
@@ -522,14 +527,24 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         return quantize(self, bits, **options)
 
 
+LOSS_CHUNK = 1024  # positions whose scores are held in float32 at a time
+
+
 def causal_lm_loss(logits, labels, num_items_in_batch=None):
-    """Cross entropy of each next token, in float32: logits [B, T, V], labels [B, T], -100 ignored; a mean."""
+    """Cross entropy of each next token, in float32: logits [B, T, V], labels [B, T], -100 ignored; a mean.
+
+    The scores are widened chunk by chunk, and again in the backward pass, so that they are never all there in float32.
+    """
     if logits.shape[1] != labels.shape[1]:
         raise ValueError(f"{labels.shape[1]} labels for {logits.shape[1]} scored positions: leave logits_to_keep at 0.")
-    scores, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
-    if num_items_in_batch is None:
-        return F.cross_entropy(scores, targets, ignore_index=-100)
-    return F.cross_entropy(scores, targets, ignore_index=-100, reduction="sum") / num_items_in_batch
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten().to(logits.device)  # (B T), the last one has no next
+    chunks = zip(logits.flatten(0, 1).split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
+    total = sum(checkpoint(summed_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks)
+    return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def summed_cross_entropy(scores, targets):
+    return F.cross_entropy(scores.float(), targets, ignore_index=-100, reduction="sum")
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):

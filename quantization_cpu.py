@@ -66,7 +66,7 @@ def compiled() -> str:
     return path
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(None)
 def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
     """(the compiled kernels, "") or (None, why there are none and what would help)."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
@@ -157,7 +157,7 @@ def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) 
 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
-    """x [N, in] -> [N, out]. `weight` in the layout, or in the released packing, which is laid out for this call only."""
+    """x [N, in] -> [N, out]. A `weight` in the released packing, not in the layout, is laid out for this call only."""
     if x.dtype not in TYPES or weight_scale.dtype not in TYPES:  # float64
         return linear(x.float(), weight, weight_scale.float(), bias, bits).to(x.dtype)
     (n, k), out = x.shape, weight_scale.shape[0]
@@ -168,19 +168,23 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
         weight = to_layout(weight, bits)
     if x.dtype == torch.float32 and n > 4:
         return _float32_by_blocks(x, weight, weight_scale, bias, bits)
-    weight_scale, bias = weight_scale.contiguous(), None if bias is None else bias.to(weight_scale.dtype).contiguous()
-    pointer, scale_type, threads = bias is not None and bias.data_ptr() or None, TYPES[weight_scale.dtype], torch.get_num_threads()
-    library, y = load_library()[0], x.new_empty(n, out)
+    weight_scale, y = weight_scale.contiguous(), x.new_empty(n, out)
+    bias = None if bias is None else bias.to(weight_scale.dtype).contiguous()
     if x.dtype == torch.float32:
         x = F.pad(x, (0, -k % GROUP)).contiguous()
-        library.linear_float32(x.data_ptr(), y.data_ptr(), weight.data_ptr(), weight_scale.data_ptr(), pointer, n, k, out, groups,
-                               bits, scale_type, threads)  # fmt: skip
+        _call("linear_float32", x, y, weight, weight_scale, bias, n, k, out, groups, bits, TYPES[weight_scale.dtype])
         return y
     group, width = min(group_size or GROUP, GROUP), _padded(k, GROUP)
     scratch = torch.empty((n + 12) * (width + 8 * (width // group)), dtype=torch.int8)
-    library.linear(x.data_ptr(), y.data_ptr(), weight.data_ptr(), weight_scale.data_ptr(), pointer, scratch.data_ptr(), n, k, out,
-                   groups, group, bits, TYPES[x.dtype], scale_type, threads)  # fmt: skip
+    types = TYPES[x.dtype], TYPES[weight_scale.dtype]
+    _call("linear", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, group, bits, *types)
     return y
+
+
+def _call(name, *arguments):
+    """A function of the C source, with the tensors' addresses and, last, the number of threads."""
+    arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    getattr(load_library()[0], name)(*arguments, torch.get_num_threads())
 
 
 def _float32_by_blocks(x, weight, weight_scale, bias, bits):
@@ -192,8 +196,7 @@ def _float32_by_blocks(x, weight, weight_scale, bias, bits):
         rows = slice(begin * ROWS, min((begin + blocks) * ROWS, out))
         scale = weight_scale[rows].float().view(rows.stop - rows.start, -1)
         scale = F.pad(scale.t(), (0, blocks * ROWS - len(scale))).contiguous()
-        load_library()[0].transposed(weight.data_ptr(), scale.data_ptr(), restored.data_ptr(), begin, blocks, k, len(scale), bits,
-                                     torch.get_num_threads())  # fmt: skip
+        _call("transposed", weight, scale, restored, begin, blocks, k, len(scale), bits)
         y[:, rows] = x @ restored[: k * blocks * ROWS].view(k, -1)[:, : rows.stop - rows.start]
     return y if bias is None else y.add_(bias)
 
@@ -209,15 +212,21 @@ def stock_unavailable(device: torch.device) -> Optional[str]:
 def stock_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
     """x [N, in] -> [N, out] by torch's operators, `weight` in the released packing, a million weights at a time.
 
-    Float32 inputs, and weights in groups, are multiplied in float32. Half precision is multiplied by int8 weights: up to
-    4 tokens as they are, more of them rounded to int8 with a scale a token, but for channels that stand far out.
+    Float32 inputs, and weights in groups, are multiplied in float32. Half precision is multiplied by int8 weights: up
+    to 4 tokens as they are, more of them rounded to int8 with a scale a token, but for channels that stand far out.
     """
-    base = importlib.import_module(".quantization", __package__)  # a cycle of imports hangs the HF loader
-    dequantize_weight, unpack = base.dequantize_weight, base.unpack
-
+    dequantize_weight = importlib.import_module(".quantization", __package__).dequantize_weight  # not a cycle of imports
     out, k = weight_scale.shape[0], x.shape[1]
-    integers = x.dtype != torch.float32 and weight_scale.dim() == 1 and min(x.shape) > 0 and torch.backends.mkldnn.is_available()
+    integers = (
+        x.dtype != torch.float32
+        and weight_scale.dim() == 1
+        and min(x.shape) > 0
+        and torch.backends.mkldnn.is_available()
+    )
     few = x.shape[0] <= 4 and k % 16 == 0  # elsewhere torch's matrix-vector form reads past the rows
+    dtype = x.dtype
+    if integers and bits == 4:  # even columns, then odd ones: a byte's two are never put side by side, which is slow
+        x = torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
     if not integers:
         x32 = x.float()
     elif few:
@@ -232,17 +241,21 @@ def stock_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional
         if not integers:
             y[:, part] = x32 @ dequantize_weight(weight[part], weight_scale[part], bits, torch.float32).t()
             continue
-        q = unpack(weight[part]) if bits == 4 else weight[part]
+        q = weight[part]
+        if bits == 4:
+            packed, q = q, q.new_empty(len(q), k)
+            torch.bitwise_right_shift(packed, 4, out=q[:, : k // 2])
+            torch.bitwise_left_shift(packed, 4, out=q[:, k // 2 :]).bitwise_right_shift_(4)
         scale = weight_scale[part].float()
         if few:
-            y[:, part] = torch._weight_int8pack_mm(x16, q.contiguous(), torch.ones(len(q), dtype=x16.dtype)) * scale
+            y[:, part] = torch._weight_int8pack_mm(x16, q, torch.ones(len(q), dtype=x16.dtype)) * scale
         else:
             y[:, part] = (torch._int_mm(x8, q.t()) * x_scale + x_outliers @ q[:, outliers].float().t()) * scale
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def _round_tokens(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """x [N, in] -> (int8 [N, in], scale [N, 1], the channels left out of them for standing 8 times above the middle)."""
+    """x [N, in] -> (int8 [N, in], scale [N, 1], the channels left out: those 8 times above the middle one)."""
     peaks = x.abs().amax(dim=0)
     outliers = (peaks > 8 * peaks.median()).nonzero().flatten()
     x = x.index_fill(1, outliers, 0)

@@ -1,9 +1,9 @@
 """The C source of the CPU kernels, for AVX512-VNNI: `source()` is the whole file.
 
-The layout it reads: int8 [out / 32, in / step, 128], padded to whole blocks of 32 rows and 128 inputs. A step is 4 inputs
-(int8) or 8 (int4) of 32 rows: byte 4 * row + input holds q + 128, or q + 8 with the next four inputs in the high nibble.
-Unsigned, since the dot product takes them so; the offset is taken back by sums that start at -128 or -8 times the sum of
-the group's inputs. The same layout serves one token and many.
+The layout it reads: int8 [out / 32, in / step, 128], padded to whole blocks of 32 rows and 128 inputs. A step is 4
+inputs (int8) or 8 (int4) of 32 rows: byte 4 * row + input holds q + 128, or q + 8 with the next four inputs in the high
+nibble. Unsigned, since the dot product takes them so; the offset is taken back by sums that start at -128 or -8 times
+the sum of the group's inputs. The same layout serves one token and many.
 """
 
 TILES = (1, 2, 4, 8, 12)  # tokens multiplied together; 12 x 32 rows fill 24 of the 32 registers
@@ -14,10 +14,14 @@ def tile_source(bits: int, tokens: int) -> str:
 
     zmm(2t), zmm(2t + 1): the sums of token t with rows 0-15 and 16-31. x: [input / 4][token][4] int8.
     """
-    begin = [f"vpbroadcastd {4 * t}(%[start]), %%zmm{2 * t}; vmovdqa64 %%zmm{2 * t}, %%zmm{2 * t + 1}" for t in range(tokens)]
+    begin = [
+        f"vpbroadcastd {4 * t}(%[start]), %%zmm{2 * t}; vmovdqa64 %%zmm{2 * t}, %%zmm{2 * t + 1}" for t in range(tokens)
+    ]
     step = [f"vmovdqu64 {64 * half}(%[w]), %%zmm{24 + half}" for half in (0, 1)]
     if tokens <= 4:  # few tokens read the weights faster than the hardware's prefetcher brings them
-        step += [f"prefetcht{level} {ahead + line}(%[w])" for level, ahead in ((0, 2048), (1, 16384)) for line in (0, 64)]
+        step += [
+            f"prefetcht{level} {ahead + line}(%[w])" for level, ahead in ((0, 2048), (1, 16384)) for line in (0, 64)
+        ]
     quads = 1 if bits == 8 else 2
     for quad in range(quads):
         weights = 24
@@ -33,11 +37,14 @@ def tile_source(bits: int, tokens: int) -> str:
     for t in range(tokens):  # sums += dot * x_scale * weight_scale
         end.append(f"vbroadcastss {4 * t}(%[xs]), %%zmm30")
         for half in (0, 1):
-            end.append(f"vmulps %%zmm{26 + half}, %%zmm30, %%zmm{28 + half}; vcvtdq2ps %%zmm{2 * t + half}, %%zmm{2 * t + half}")
+            end.append(f"vmulps %%zmm{26 + half}, %%zmm30, %%zmm{28 + half}")
+            end.append(f"vcvtdq2ps %%zmm{2 * t + half}, %%zmm{2 * t + half}")
             end.append(f"vfmadd213ps {128 * t + 64 * half}(%[sums]), %%zmm{28 + half}, %%zmm{2 * t + half}")
             end.append(f"vmovups %%zmm{2 * t + half}, {128 * t + 64 * half}(%[sums])")
     advance = [f"add $128, %[w]; add ${4 * quads * tokens}, %[x]; dec %[steps]; jnz 1b"]
-    asm = "\n".join(f'    "{line}\\n"' for line in ["vpbroadcastd %[mask], %%zmm31", *begin, "1:", *step, *advance, *end])
+    asm = "\n".join(
+        f'    "{line}\\n"' for line in ["vpbroadcastd %[mask], %%zmm31", *begin, "1:", *step, *advance, *end]
+    )
     clobbers = ", ".join(f'"zmm{i}"' for i in range(32))
     return f"""
 static void tile_{bits}_{tokens}(const uint8_t *w, const int8_t *x, const int32_t *start, const float *xs,
@@ -82,7 +89,8 @@ static inline void store(void *p, int type, long i, __mmask16 m, __m512 v) {
   else {  // round to nearest even; a nan stays one
     __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    half = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    half = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc0)));
   }
   _mm256_mask_storeu_epi16((int16_t *)p + i, m, half);
 }
@@ -131,10 +139,12 @@ static void quantize_token(const void *x, int type, long k, long padded, long gr
 BODY = r"""
 static int width(long tokens) { return tokens > 8 ? 12 : tokens > 4 ? 8 : tokens > 2 ? 4 : tokens; }
 
-/* bias has scale's type. y[n][out] = x[n][k] times the block layout. groups: weight scales a row; group: inputs that share an activation scale. */
-void linear(const void *x, void *y, const uint8_t *w, const void *scale, const void *bias, char *scratch, long n, long k,
-            long out, long groups, long group, int bits, int xtype, int stype, int threads) {
-  long padded = (k + 127) / 128 * 128, ng = padded / group, blocks = (out + 31) / 32, tiles = (n + 11) / 12, room = n + 12;
+/* y[n][out] = x[n][k] times the weight, plus bias, which has scale's type. groups: weight scales a row; group: inputs
+   that share an activation scale. */
+void linear(const void *x, void *y, const uint8_t *w, const void *scale, const void *bias, char *scratch, long n,
+            long k, long out, long groups, long group, int bits, int xtype, int stype, int threads) {
+  long padded = (k + 127) / 128 * 128, ng = padded / group, blocks = (out + 31) / 32;
+  long tiles = (n + 11) / 12, room = n + 12;
   int8_t *q = (int8_t *)scratch;
   float *xs = (float *)(scratch + room * padded);
   int32_t *start = (int32_t *)(xs + room * ng);
@@ -142,8 +152,8 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
   #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
   for (long token = 0; token < 12 * (tiles - 1) + width(n - 12 * (tiles - 1)); token++) {
     long from = token / 12 * 12, t = token - from, stride = width(n - from);
-    quantize_token(token < n ? (const char *)x + token * k * esize : 0, xtype, k, padded, group, bits == 8 ? 128 : 8, stride,
-                   q + from * padded + 4 * t, xs + from * ng + t, start + from * ng + t);
+    quantize_token(token < n ? (const char *)x + token * k * esize : 0, xtype, k, padded, group, bits == 8 ? 128 : 8,
+                   stride, q + from * padded + 4 * t, xs + from * ng + t, start + from * ng + t);
   }
   const long block_bytes = padded * 4 * bits, group_bytes = group * 4 * bits;
   #pragma omp parallel for num_threads(threads) schedule(static)
@@ -179,8 +189,8 @@ static inline __m512 weight(__m512i v, int bits, int input, __m512 table) {
 
 #define TABLE _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)
 
-static inline __attribute__((always_inline)) void exact(const float *x, const uint8_t *w, const float *ws, long padded, long groups,
-                                                        long per_group, int bits, int n, float *sums) {
+static inline __attribute__((always_inline)) void exact(const float *x, const uint8_t *w, const float *ws, long padded,
+                                                        long groups, long per_group, int bits, int n, float *sums) {
   const __m512 table = TABLE;
   const long inputs = bits == 4 ? 8 : 4;
   __m512 total[4][2];
@@ -196,7 +206,8 @@ static inline __attribute__((always_inline)) void exact(const float *x, const ui
         __m512i v = _mm512_loadu_si512(w + 64 * half);
         for (int i = 0; i < inputs; i++) {
           __m512 f = weight(v, bits, i, table);
-          for (int t = 0; t < n; t++) sum[t][half] = _mm512_fmadd_ps(f, _mm512_set1_ps(x[t * padded + k + i]), sum[t][half]);
+          for (int t = 0; t < n; t++)
+            sum[t][half] = _mm512_fmadd_ps(f, _mm512_set1_ps(x[t * padded + k + i]), sum[t][half]);
         }
       }
     }
@@ -209,8 +220,8 @@ static inline __attribute__((always_inline)) void exact(const float *x, const ui
 }
 
 /* The float32 form, for up to 4 tokens; x is padded to whole groups of 128. */
-void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, long n, long k, long out,
-                    long groups, int bits, int stype, int threads) {
+void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, long n, long k,
+                    long out, long groups, int bits, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, blocks = (out + 31) / 32, per_group = k / groups;
   #pragma omp parallel for num_threads(threads) schedule(static)
   for (long block = 0; block < blocks; block++) {
@@ -232,7 +243,8 @@ void linear_float32(const float *x, float *y, const uint8_t *w, const void *scal
 }
 
 /* The float weight of 32 * blocks rows, transposed: to[k][32 * blocks]; so are their scales: [groups][32 * blocks]. */
-void transposed(const uint8_t *w, const float *scale, float *to, long begin, long blocks, long k, long groups, int bits, int threads) {
+void transposed(const uint8_t *w, const float *scale, float *to, long begin, long blocks, long k, long groups, int bits,
+                int threads) {
   const long padded = (k + 127) / 128 * 128, inputs = bits == 4 ? 8 : 4, width = 32 * blocks;
   #pragma omp parallel for num_threads(threads) schedule(static)
   for (long from = 0; from < k; from += inputs)

@@ -2,7 +2,7 @@
 
 Each weight is rounded as it comes off the disk, so that memory holds the quantized model and one weight more. The
 result is what `quantize()` after loading gives, saved and reloaded by `quantization_bit` alone. Importing this file
-registers quant_method "chatglm" with transformers, where it has such a registry (4.39); before that, load, then quantize.
+registers quant_method "chatglm" with transformers, where it has such a registry (4.39); before, load, then quantize.
 """
 
 import ctypes
@@ -19,7 +19,9 @@ from .transformers_compat import ConversionOps, HfQuantizer, QuantizationConfigM
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     """bits 8 or 4, and the options of `quantization.quantize`."""
 
-    def __init__(self, bits=4, group_size=None, skip=(), embedding=False, output_layer=False, backend="auto", **ignored):
+    def __init__(
+        self, bits=4, group_size=None, skip=(), embedding=False, output_layer=False, backend="auto", **ignored
+    ):
         check_bits(bits)
         self.quant_method = "chatglm"
         self.bits, self.group_size, self.skip = bits, group_size, tuple(skip)
@@ -55,7 +57,10 @@ class ChatGLMQuantizer(HfQuantizer):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         give_back(weight)
-        return {key: nn.Parameter(value, requires_grad=False) for key, value in zip((name, f"{module}.weight_scale"), tensors)}
+        return {
+            key: nn.Parameter(value, requires_grad=False)
+            for key, value in zip((name, f"{module}.weight_scale"), tensors)
+        }
 
     def get_quantize_ops(self):  # transformers 5
         return RoundWhileLoading(self)
@@ -72,8 +77,10 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.rounds and "disk" in getattr(model, "hf_device_map", {}).values():
-            raise ValueError("device_map puts layers on the disk, where transformers leaves their float weights: quantize and"
-                             " save_pretrained without it, and load what that wrote with this device_map")  # fmt: skip
+            raise ValueError(
+                "device_map puts layers on the disk, where transformers leaves their float weights: "
+                "quantize and save_pretrained without it, and load what that wrote with this device_map"
+            )
         self.remove_quantization_config(model)  # `quantization_bit` says it all: the model is what quantize() gives
         return model
 

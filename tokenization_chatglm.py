@@ -73,9 +73,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         for name, i in named.items():
             kwargs[name] = pieces.IdToPiece(i)
         kwargs["pad_token"] = kwargs["unk_token"]
-        super().__init__(
-            padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs
-        )
+        super().__init__(padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs)
         self._read_chat_template()
 
     def _read_chat_template(self):

@@ -1,7 +1,7 @@
 """INT8, INT4 and bfloat16 on the CPU at the 6.2B shapes, random weights, beside llama.cpp and the original's way.
 
     python benchmarks/quantized.py [--bits 4 8 16] [--layers 28] [--rounds 3] [--group-size 128] [--small-head]
-                                   [--llama PYTHON]   a Python that has llama-cpp-python and gguf; left out: not compared
+                                   [--llama PYTHON]   a Python that has llama-cpp-python and gguf
 
 Contenders take turns within each round, and the ratio is the median over the rounds: absolute figures drift. Prints a
 table, and adds one JSON line a run to results/quantized.jsonl.
@@ -155,7 +155,12 @@ def run(bits, backend, arguments):
     if arguments.llama and bits < 16:
         kind = {4: "q4_0", 8: "q8_0"}[bits]
         llama = Llama(arguments.llama, kind, arguments.layers, torch.get_num_threads())
-    result = {"bits": bits, "backend": backend, "bytes": sum(p.nbytes for p in model.parameters()), "tokens_per_second": {}}
+    result = {
+        "bits": bits,
+        "backend": backend,
+        "bytes": sum(p.nbytes for p in model.parameters()),
+        "tokens_per_second": {},
+    }
     if bits < 16:
         result["error"] = errors(bits, backend, arguments.group_size)
     for what, count in TASKS:
@@ -169,16 +174,24 @@ def run(bits, backend, arguments):
             ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["llama.cpp"])]
             row["ratio"] = round(statistics.median(ratios), 2)
         if bits < 16 and backend == "auto":
-            row["dequantize, then matmul"] = round(1 / time_original(bits, what, count, arguments.layers, arguments.group_size), 3)
+            row["dequantize, then matmul"] = round(
+                1 / time_original(bits, what, count, arguments.layers, arguments.group_size), 3
+            )
         name = "decode" if what == "decode" else f"prefill {count}"
         result["tokens_per_second"][name] = row
-        print(f"{bits:2} bits, {backend:6} {name:12}", "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        print(
+            f"{bits:2} bits, {backend:6} {name:12}",
+            "  ".join(f"{key} {value}" for key, value in row.items()),
+            flush=True,
+        )
     if bits < 16 and backend == "auto":
         pairs = [(linear_bandwidth(model), memory_bandwidth()) for _ in range(arguments.rounds)]
         result["linear_gb_per_second"], result["memory_gb_per_second"] = (round(max(p) / 1e9, 1) for p in zip(*pairs))
         share = statistics.median(linear / memory for linear, memory in pairs)
         result["share_of_memory_bandwidth"] = round(share, 3)
-        print(f"{bits:2} bits, linear layers, one token: {result['linear_gb_per_second']} GB/s, {share:.0%} of the memory's")
+        print(
+            f"{bits:2} bits, linear layers, one token: {result['linear_gb_per_second']} GB/s, {share:.0%} of memory's"
+        )
     if llama:
         llama.close()
     return result

@@ -48,13 +48,14 @@ SHARED = ("torch", "numpy", "sentencepiece", "jinja2", "pytest", "hypothesis")
 def link_shared(folder):
     """A folder of links to the SHARED distributions of this environment and to those that they require."""
     folder.mkdir(parents=True, exist_ok=True)
+    for link in folder.iterdir():  # of an environment that may have changed since
+        link.unlink()
     waiting, seen = list(SHARED), set()
     while waiting:
         distribution = metadata.distribution(waiting.pop())
         for path in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            link = folder / path
-            if not link.exists():
-                link.symlink_to(distribution.locate_file(path))
+            if not (folder / path).exists():
+                (folder / path).symlink_to(distribution.locate_file(path))
         for text in distribution.requires or []:
             requirement = Requirement(text)
             wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
@@ -89,22 +90,15 @@ def run_tests(python, tests, home):
     report = home / "junit.xml"
     report.unlink(missing_ok=True)
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", "--tb=short", f"--junitxml={report}"]
-    modules = home / "modules"  # where the library copies a model's code to
-    environment = {
-        **os.environ,
-        "HF_MODULES_CACHE": str(modules),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+    changes = {"HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, **changes}
     with open(home / "pytest.txt", "w") as log:
         subprocess.run([*command, *tests], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if not report.exists():
         raise RuntimeError(f"pytest did not get to its end: see {log.name}")
     groups, failures = {}, []
     for case in ElementTree.parse(report).iter("testcase"):
-        group = (case.get("classname") or case.get("name")).split(".")[
-            -1
-        ]  # a file that cannot be imported has no class
+        group = (case.get("classname") or case.get("name")).split(".")[-1]  # what cannot be imported has no class
         found = {child.tag: child for child in case}
         if "failure" in found or "error" in found:
             kind = "failed"
@@ -130,9 +124,8 @@ def table(results):
     """Markdown: a row a release, a column a file of tests."""
     columns = sorted({group for groups, _ in results.values() for group in groups})
     rows = [["transformers", *columns], ["---"] * (len(columns) + 1)]
-    rows += [
-        [release, *(cell(groups.get(column, {})) for column in columns)] for release, (groups, _) in results.items()
-    ]
+    for release, (groups, _) in results.items():
+        rows.append([release, *(cell(groups.get(column, {})) for column in columns)])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
@@ -158,7 +151,7 @@ def main():
     print(table(results))
     if len(releases) == len(PINS) and not args.tests:
         text = (
-            f"Tests of each file that passed, made by `python tests/matrix.py` on Python {platform.python_version()} with "
+            f"How many tests of each file passed: `python tests/matrix.py`, Python {platform.python_version()}, "
             f"torch {metadata.version('torch')}, {platform.machine()}. Not offered: that release of transformers lacks "
             "the feature. Skipped: this machine lacks what the test needs, a GPU for example.\n\n"
         )

@@ -90,9 +90,7 @@ def test_stream_generate_takes_processors_criteria_and_samples(make_model, padde
     assert torch.equal(streamed, whole)
 
 
-AFTER_IS_TENSOR = hasattr(StoppingCriteriaList, "__call__") and "Tensor" in str(
-    StoppingCriteriaList.__call__.__annotations__.get("return", "")
-)
+AFTER_IS_TENSOR = "Tensor" in str(StoppingCriteriaList.__call__.__annotations__.get("return", ""))
 
 
 def test_a_consumer_that_leaves_ends_the_generation(make_model):
@@ -127,7 +125,9 @@ def test_an_exception_in_generation_reaches_the_consumer(make_model):
 
     before = threads()
     with pytest.raises(ArithmeticError, match="on purpose"):
-        list(make_model().stream_generate(torch.tensor([[7]]), logits_processor=LogitsProcessorList([Fails()]), **GREEDY))
+        list(
+            make_model().stream_generate(torch.tensor([[7]]), logits_processor=LogitsProcessorList([Fails()]), **GREEDY)
+        )
     assert threads() == before
 
 

@@ -39,7 +39,7 @@ def test_a_folder_that_is_none_is_named():
 
 
 def test_a_terminal_session(tmp_path):
-    """In a terminal: rounds, Ctrl-C at the prompt or in an answer, `stop`; Ctrl-C in an answer does not end the program."""
+    """In a terminal: rounds, `clear`, `stop`, and Ctrl-C, which ends an answer and not the program."""
     pty = pytest.importorskip("pty", reason="a terminal needs a POSIX system")
     pid, terminal = pty.fork()
     if pid == 0:

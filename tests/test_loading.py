@@ -1,4 +1,4 @@
-"""Files: what is saved comes back bit for bit, what is wrong with a checkpoint is named, and Auto classes find it all."""
+"""Files: what is saved comes back bit for bit, what is wrong with them is named, and Auto classes find it all."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def released_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM])
 def test_auto_classes_load_a_released_folder(released_folder, tiny_model, auto):
-    """AutoModel and its kin, trust_remote_code=True, from .bin shards with the unneeded inv_freq: same weights, chat."""
+    """From .bin shards with the unneeded inv_freq, trust_remote_code=True: the same weights, and they chat."""
     model = auto.from_pretrained(released_folder, trust_remote_code=True).float().eval()
     assert_same_weights(model, tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(released_folder, trust_remote_code=True)
@@ -126,6 +126,7 @@ def test_dtype_as_text(released_folder, name):
         assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
 
 
+@pytest.mark.needs_transformers("4.31", "saving the code of a model along with it")
 def test_code_saved_with_a_fine_tune_loads_again(released_folder, tmp_path):
     """save_pretrained of an Auto-loaded model takes the code along, so that the new folder stands alone."""
     model = AutoModel.from_pretrained(released_folder, trust_remote_code=True)

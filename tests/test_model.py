@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from chatglm2 import modeling_chatglm
 from chatglm2.modeling_chatglm import ChatGLMForSequenceClassification, ChatGLMModel, rotary_cos_sin, rotate
 from chatglm2.transformers_compat import DynamicCache
 
@@ -88,7 +89,9 @@ def test_offloaded_cache_is_taken(make_model):
     if not torch.cuda.is_available():
         pytest.skip("an offloaded cache prefetches on a CUDA stream")
     settings = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(model.generate(ids, cache_implementation="offloaded", **settings), model.generate(ids, **settings))
+    assert torch.equal(
+        model.generate(ids, cache_implementation="offloaded", **settings), model.generate(ids, **settings)
+    )
 
 
 def test_sdpa_equals_eager(make_model, padded_batch):
@@ -96,7 +99,9 @@ def test_sdpa_equals_eager(make_model, padded_batch):
     ids, mask, _ = padded_batch
     fused, plain = make_model(), make_model(attention="eager")
     torch.testing.assert_close(
-        logits(fused, ids, attention_mask=mask)[mask.bool()], logits(plain, ids, attention_mask=mask)[mask.bool()], **CLOSE
+        logits(fused, ids, attention_mask=mask)[mask.bool()],
+        logits(plain, ids, attention_mask=mask)[mask.bool()],
+        **CLOSE,
     )
     torch.testing.assert_close(logits(fused, some_ids()), logits(plain, some_ids()), **CLOSE)
     torch.testing.assert_close(logits(fused, some_ids(length=1)), logits(plain, some_ids(length=1)), **CLOSE)
@@ -126,13 +131,14 @@ def test_four_dimensional_mask_reaches_the_attention(make_model):
 
 
 def test_beam_scores_agree_with_a_recomputation(make_model):
-    """A beam's score is the mean log probability of its new tokens, recomputed in one pass."""
+    """A beam's score is the log probability of its new tokens, recomputed in one pass."""
     model, ids = make_model(), some_ids(rows=2, length=5)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         num_beams=3,
         num_return_sequences=3,
+        length_penalty=0.0,  # else a mean, over the new tokens or, once, over the prompt, too
         max_new_tokens=5,
         eos_token_id=None,
         do_sample=False,
@@ -141,7 +147,7 @@ def test_beam_scores_agree_with_a_recomputation(make_model):
     )
     scores = logits(model, out.sequences).log_softmax(-1)[:, 4:-1]
     new = out.sequences[:, 5:]
-    recomputed = scores.gather(-1, new[..., None]).squeeze(-1).mean(-1)
+    recomputed = scores.gather(-1, new[..., None]).squeeze(-1).sum(-1)
     torch.testing.assert_close(out.sequences_scores, recomputed, **CLOSE)
 
 
@@ -182,6 +188,27 @@ def test_step_compiles_without_a_graph_break(make_model):
         prefill = compiled(input_ids=ids[:, :-1], past_key_values=cache).logits
         step = compiled(input_ids=ids[:, -1:], past_key_values=cache).logits
     torch.testing.assert_close(torch.cat((prefill, step), dim=1), logits(model, ids), **CLOSE)
+
+
+@pytest.mark.needs_transformers("4.57", "a static cache that counts its own tokens while compiled")
+@pytest.mark.parametrize("bits", [0, 4])
+def test_static_decoding_compiles_once(make_model, bits):
+    """generate(cache_implementation="static") compiles one whole graph, and the growing answer never another one."""
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    model, ids, graphs = make_model().quantize(bits), some_ids(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
+    compile_config._compile_all_devices = True
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    compiled = model.generate(ids, cache_implementation="static", compile_config=compile_config, **settings)
+    assert len(graphs) == 1
+    assert torch.equal(compiled, model.generate(ids, **settings))
 
 
 # What forward returns
@@ -238,7 +265,7 @@ def test_rotation_turns_pairs_and_passes_half(make_config):
 
 
 def test_rope_ratio_has_both_meanings(make_config):
-    """"linear" divides the positions, "base" multiplies the base 10000."""
+    """ "linear" divides the positions, "base" multiplies the base 10000."""
     positions = torch.tensor([[0, 4, 8]])
     plain = rotary_cos_sin(make_config(), positions // 4)
     linear = rotary_cos_sin(make_config(rope_ratio=4), positions)
@@ -333,6 +360,22 @@ def test_loss_over_accumulated_batches(make_model):
     torch.testing.assert_close(sum(halves), whole)
 
 
+def test_loss_in_chunks_is_the_loss_of_the_whole(make_model, monkeypatch):
+    """Chunks that end within a row change neither loss nor gradient."""
+    model, ids, results = make_model(), some_ids(rows=3), []
+    labels = ids.clone()
+    labels[1, 4:9] = -100
+    for chunk in (1024, 5):
+        monkeypatch.setattr(modeling_chatglm, "LOSS_CHUNK", chunk)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        results.append((loss.detach(), model.transformer.output_layer.weight.grad))
+    torch.testing.assert_close(*results)
+    whole = logits(model, ids)[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(results[0][0], torch.nn.functional.cross_entropy(whole, labels[:, 1:].flatten()))
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_prefix_trains_alone_and_counts_for_nothing_else(make_model, projection):
     """P-Tuning v2: all else is frozen; cached steps equal one pass; generate goes on from its own cache."""
@@ -340,7 +383,9 @@ def test_prefix_trains_alone_and_counts_for_nothing_else(make_model, projection)
     assert all(p.requires_grad == ("prefix_encoder" in name) for name, p in model.named_parameters())
     whole, cache = logits(model, ids, use_cache=False), DynamicCache()
     mask = torch.ones_like(ids)
-    steps = [logits(model, ids[:, t : t + 1], past_key_values=cache, attention_mask=mask[:, : t + 1]) for t in range(12)]
+    steps = [
+        logits(model, ids[:, t : t + 1], past_key_values=cache, attention_mask=mask[:, : t + 1]) for t in range(12)
+    ]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, **CLOSE)
     assert cache.get_seq_length() == 12 + 5
     greedy = model.generate(ids, max_new_tokens=5, do_sample=False)

@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,8 @@ from chatglm2.quantization import (
     choose,
     dequantize_weight,
     pack,
-    quantize,
     quantize_weight,
     reference_linear,
-    released,
     unpack,
 )
 from hypothesis import given, settings
@@ -173,7 +170,16 @@ def test_what_cannot_be_done_says_why(call, message):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_kernels_agree_with_the_reference(kernel, dtype, bits):
     linear = quantization.family(kernel)[0]
-    shapes = [(1, 2, 1), (2, 34, 5), (5, 130, 33), (3, 256, 64), (9, 96, 31), (13, 1024, 96), (26, 418, 70), (4, 128, 32)]
+    shapes = [
+        (1, 2, 1),
+        (2, 34, 5),
+        (5, 130, 33),
+        (3, 256, 64),
+        (9, 96, 31),
+        (13, 1024, 96),
+        (26, 418, 70),
+        (4, 128, 32),
+    ]
     shapes += [] if bits == 4 else [(1, 1, 1), (5, 7, 3), (8, 129, 34)]
     for seed, (n, k, out) in enumerate(shapes):
         arguments = make(n, k, out, bits, dtype, bias=seed % 2 == 0, seed=seed)
@@ -190,7 +196,9 @@ def test_kernels_take_groups(kernel, bits, group_size):
     for dtype in DTYPES:
         for n in (1, 6, 14):
             arguments = make(n, 3 * group_size, 40, bits, dtype, group_size)
-            assert relative_error(linear(*arguments), *arguments) < max(ERROR[dtype], 2e-2 * (group_size == 6 and dtype != torch.float32))
+            assert relative_error(linear(*arguments), *arguments) < max(
+                ERROR[dtype], 2e-2 * (group_size == 6 and dtype != torch.float32)
+            )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -200,7 +208,9 @@ def test_channels_that_stand_out_cost_little(kernel, dtype):
     for n in (1, 20):
         x, *rest = make(n, 2048, 64, 8, dtype)
         x[:, torch.randperm(2048, generator=torch.Generator().manual_seed(1))[:8]] *= 30
-        assert relative_error(quantization.family(kernel)[0](x, *rest), x, *rest) < (1e-5 if dtype == torch.float32 else 3.5e-2)
+        assert relative_error(quantization.family(kernel)[0](x, *rest), x, *rest) < (
+            1e-5 if dtype == torch.float32 else 3.5e-2
+        )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -291,8 +301,9 @@ with warnings.catch_warnings(record=True) as caught:
     layers = [quantization.QuantizedLinear.from_linear(linear, 4) for _ in range(2)]
     y = [layer(torch.ones(2, 64)) for layer in layers][0]
 maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
-runtimes = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line or "libomp" in line}
-print(quantization.choose("auto", torch.device("cpu")), [str(w.message) for w in caught], y.sum().item(), len(runtimes), sep="|")
+runtimes = {line.split()[-1] for line in maps.splitlines() if any(n in line for n in ("libgomp", "libiomp", "libomp"))}
+name = quantization.choose("auto", torch.device("cpu"))
+print(name, [str(w.message) for w in caught], y.sum().item(), len(runtimes), sep="|")
 """
 
 
@@ -409,10 +420,16 @@ def test_the_state_dict_is_the_released_format_whatever_was_run_before(bits, gro
     for _ in range(2):
         y = layer(x)
         state = layer.state_dict()
-        assert list(state) == ["weight", "weight_scale"] + ["bias"] * bias or set(state) == {"weight", "weight_scale", "bias"}
+        assert list(state) == ["weight", "weight_scale"] + ["bias"] * bias or set(state) == {
+            "weight",
+            "weight_scale",
+            "bias",
+        }
         assert torch.equal(state["weight"], weight) and torch.equal(state["weight_scale"], scale)
     for assign in (False, True):
-        empty = QuantizedLinear(64, 40, bits, bias=bias, group_size=group_size, dtype=torch.float16, device="meta" if assign else None)
+        empty = QuantizedLinear(
+            64, 40, bits, bias=bias, group_size=group_size, dtype=torch.float16, device="meta" if assign else None
+        )
         if not assign:
             empty.state_dict()["weight"].zero_()
             empty(x)  # laid out before it is loaded
@@ -428,11 +445,18 @@ def test_the_state_dict_is_the_released_format_whatever_was_run_before(bits, gro
 def test_there_is_one_copy_of_the_weight():
     layer = QuantizedLinear.from_linear(nn.Linear(256, 256), 4)
     layer(torch.randn(2, 256))
-    held = [t for t in list(layer.parameters()) + list(layer.buffers()) + [v for v in vars(layer).values() if torch.is_tensor(v)]]
+    held = [
+        t
+        for t in list(layer.parameters())
+        + list(layer.buffers())
+        + [v for v in vars(layer).values() if torch.is_tensor(v)]
+    ]
     assert sum(t.numel() * t.element_size() for t in held) == 256 * 256 // 2 + 2 * 256 * 4
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 def test_copies_compute_the_same(how):
     layer = QuantizedLinear.from_linear(nn.Linear(96, 40), 4, group_size=32)
     x = torch.randn(3, 96)
@@ -635,7 +659,9 @@ def test_a_released_checkpoint_loads(make_model, tmp_path):
 
 
 @pytest.mark.needs_transformers("4.55.0", "quantizers that round while loading, as they are today")
-@pytest.mark.parametrize("bits, options", [(8, {}), (4, {}), (4, {"group_size": 32, "skip": ["layers.0"], "embedding": True})])
+@pytest.mark.parametrize(
+    "bits, options", [(8, {}), (4, {}), (4, {"group_size": 32, "skip": ["layers.0"], "embedding": True})]
+)
 def test_quantizing_while_loading_gives_what_quantize_gives(make_model, tmp_path, bits, options):
     from chatglm2.quantization_loading import ChatGLMQuantizationConfig
 
@@ -725,7 +751,6 @@ def test_one_quantized_block_compiles_without_a_break(make_model):
 
 def test_two_imports_of_the_files_share_the_op(make_model):
     """The Hugging Face loader keeps a copy of the files for each checkpoint that it has met."""
-    import importlib.util
     import types
 
     package = types.ModuleType("chatglm2_twin")

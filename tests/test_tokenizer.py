@@ -175,7 +175,10 @@ def as_messages(query, history):
 
 def test_prompt_is_the_originals(tokenizer):
     """Rounds count from 1, each with 问 and 答, two line feeds between them."""
-    assert tokenizer.build_prompt("再见", [("你好", "你好！")]) == "[Round 1]\n\n问：你好\n\n答：你好！\n\n[Round 2]\n\n问：再见\n\n答："
+    assert (
+        tokenizer.build_prompt("再见", [("你好", "你好！")])
+        == "[Round 1]\n\n问：你好\n\n答：你好！\n\n[Round 2]\n\n问：再见\n\n答："
+    )
 
 
 @pytest.mark.needs_transformers("4.34", "chat templates")

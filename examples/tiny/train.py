@@ -147,8 +147,8 @@ def wrong_answers(model, tokenizer, dialogues, batch_size=64):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=18)
-    parser.add_argument("--strays", type=int, default=2, help="examples of each round behind another dialogue")
+    parser.add_argument("--epochs", type=int, default=32)
+    parser.add_argument("--strays", type=int, default=1, help="examples of each round behind another dialogue")
     parser.add_argument("--vocab-size", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
