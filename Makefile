@@ -1,12 +1,13 @@
 # make chat    a chat with the toy checkpoint, in a virtual environment of its own      make chat ARGS="--quantize 4"
 # make test    the tests
 # make lint    ruff, and a look for files over 12 MB
+# make matrix  the tests on every supported release of transformers                    make matrix ARGS="--quick"
 # make tiny    train the toy checkpoint again
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: chat test lint tiny
+.PHONY: chat test lint matrix tiny
 .DELETE_ON_ERROR:
 
 chat: $(VENV)/run.txt
@@ -20,6 +21,9 @@ lint: $(VENV)/dev.txt
 	$(RUN) -m ruff format --check .
 	@large=$$(git ls-files -z | xargs -0 -I{} find {} -prune -type f -size +12M); \
 	if [ -n "$$large" ]; then echo "over 12 MB: $$large"; exit 1; fi
+
+matrix: $(VENV)/dev.txt
+	$(RUN) tests/matrix.py $(ARGS)
 
 tiny: $(VENV)/dev.txt
 	$(RUN) examples/tiny/train.py
