@@ -151,8 +151,9 @@ def main(arguments=None):
     )
     if Path(args.model).resolve() == TOY:
         write(
-            "This toy has learned the dialogues in examples/tiny/dialogues.jsonl by heart. Try 你好, Hello, 讲个笑话.\n"
+            "This toy knows the dialogues of examples/tiny/dialogues.jsonl by heart. Try 你好, Hello or 讲个笑话, and\n"
         )
+        write("`clear` before another one.\n")
     talk(conversation, lambda: input("\n> "), interactive=True)
 
 

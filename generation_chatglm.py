@@ -324,10 +324,11 @@ class ChatMixin:
                 **kwargs,
             )
         seen = self.transformer.count_cached_tokens(past_key_values)
-        if inputs_embeds is None:
-            inputs = {"input_ids": input_ids[:, seen:]}
-        else:  # they stand for the prompt, which input_ids do not hold then
-            inputs = {"input_ids": input_ids[:, -1:]} if seen else {"inputs_embeds": inputs_embeds}
+        if inputs_embeds is not None and not seen:
+            inputs = {"inputs_embeds": inputs_embeds}
+        else:  # counted from the end: ids do not always begin with the prompt, the mask does
+            total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+            inputs = {"input_ids": input_ids[:, seen - total :]}
         return {
             **inputs,
             "attention_mask": attention_mask,

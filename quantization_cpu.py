@@ -215,7 +215,9 @@ def stock_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional
     Float32 inputs, and weights in groups, are multiplied in float32. Half precision is multiplied by int8 weights: up
     to 4 tokens as they are, more of them rounded to int8 with a scale a token, but for channels that stand far out.
     """
-    dequantize_weight = importlib.import_module(".quantization", __package__).dequantize_weight  # not a cycle of imports
+    dequantize_weight = importlib.import_module(
+        ".quantization", __package__
+    ).dequantize_weight  # not a cycle of imports
     out, k = weight_scale.shape[0], x.shape[1]
     integers = (
         x.dtype != torch.float32

@@ -50,14 +50,11 @@ except ImportError:  # delete with 4.36
         def __init__(self):
             self.key_cache, self.value_cache = [], []
 
-        def __len__(self):
-            return len(self.key_cache)
-
         def __getitem__(self, layer_idx):
             return self.key_cache[layer_idx], self.value_cache[layer_idx]
 
         def get_seq_length(self, layer_idx=0):
-            return self.key_cache[layer_idx].shape[2] if layer_idx < len(self) else 0
+            return self.key_cache[layer_idx].shape[2] if layer_idx < len(self.key_cache) else 0
 
         def update(self, key, value, layer_idx, cache_kwargs=None):
             for cache, new in ((self.key_cache, key), (self.value_cache, value)):
@@ -142,7 +139,7 @@ except ImportError:  # delete with 4.53
         if name != "eager":
             return None if plain else mask.expand(B, 1, T, S)
         lowest = torch.finfo(input_embeds.dtype).min
-        return torch.zeros((), dtype=input_embeds.dtype, device=device).masked_fill(~mask, lowest).expand(B, 1, T, S)
+        return input_embeds.new_zeros(()).masked_fill(~mask, lowest).expand(B, 1, T, S)
 
 
 # The library's `generate` before 4.46 wants a model to choose the inputs of each step itself.
@@ -201,6 +198,9 @@ class ModelFallbacks:
         stored = getattr(kwargs.get("config"), "dtype", None)  # written by a release that names it so
         asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or stored or "auto"
         attention = None if NAMES_ATTENTION else kwargs.pop("attn_implementation", None)
+        for auto, name in (getattr(kwargs.get("config"), "auto_map", None) or {}).items():
+            if cls._auto_class is None and str(name).endswith("." + cls.__name__):  # saves the code; delete with 4.53
+                cls.register_for_auto_class(auto)
         model = super().from_pretrained(*args, **{DTYPE: as_dtype(asked)}, **kwargs)
         if attention is not None:
             (model[0] if isinstance(model, tuple) else model).config._attn_implementation = attention

@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 
 # transformers -> what it was released with: tokenizers, huggingface_hub, accelerate, safetensors
+NAMES = ("tokenizers", "huggingface_hub", "accelerate", "safetensors")
 PINS = {
     "4.30.2": ("0.13.3", "0.17.3", "0.21.0", "0.4.5"),
     "4.33.3": ("0.13.3", "0.17.3", "0.23.0", "0.4.5"),
@@ -41,6 +42,7 @@ PINS = {
     "5.10.4": ("0.22.2", "1.18.0", "1.13.0", "0.7.0"),
     "5.23.0": ("0.23.3", "2.4.0", "1.15.0", "0.8.0"),
 }
+PROTOBUF = "protobuf==5.29.5"  # from 4.46 on, a tokenizer's own error is lost without it
 QUICK = ("4.30.2", "4.48.3", "4.57.6", "5.23.0")
 SHARED = ("torch", "numpy", "sentencepiece", "jinja2", "pytest", "hypothesis")
 
@@ -75,8 +77,7 @@ def make_environment(release, folder):
     query = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site_packages = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
     Path(site_packages, "shared.pth").write_text(str(folder / "shared") + "\n")
-    names = ("tokenizers", "huggingface_hub", "accelerate", "safetensors")
-    pins = [f"transformers=={release}", *(f"{name}=={pin}" for name, pin in zip(names, PINS[release]))]
+    pins = [f"transformers=={release}", *(f"{name}=={pin}" for name, pin in zip(NAMES, PINS[release])), PROTOBUF]
     constraints = home / "constraints.txt"
     constraints.write_text(f"torch=={metadata.version('torch')}\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--only-binary", ":all:"]

@@ -8,6 +8,7 @@ import torch
 from chatglm2 import modeling_chatglm
 from chatglm2.modeling_chatglm import ChatGLMForSequenceClassification, ChatGLMModel, rotary_cos_sin, rotate
 from chatglm2.transformers_compat import DynamicCache
+from transformers import GenerationConfig
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -69,16 +70,18 @@ def test_chunked_prefill_equals_whole(make_model):
     model, ids = make_model(), some_ids(length=23)
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
     whole = model.generate(ids, **settings)
-    assert torch.equal(model.generate(ids, prefill_chunk_size=5, **settings), whole)
+    chunked = model.generate(ids, prefill_chunk_size=5, past_key_values=DynamicCache(), **settings)  # 5.0.0 makes none
+    assert torch.equal(chunked, whole)
 
 
-@pytest.mark.needs_transformers("4.48", "static caches that any model can use")
+@pytest.mark.needs_transformers("4.42", "static caches that any model can use")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_static_cache_equals_dynamic(make_model, padded_batch, attention):
     """`cache_implementation="static"` gives the ids of the dynamic cache, in a padded batch."""
     model, (ids, mask, _) = make_model(attention=attention), padded_batch
     settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
-    static = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)
+    quick = {"disable_compile": True} if hasattr(GenerationConfig(), "disable_compile") else {}
+    static = model.generate(ids, cache_implementation="static", **quick, **settings)
     assert torch.equal(static, model.generate(ids, **settings))
 
 
@@ -151,6 +154,7 @@ def test_beam_scores_agree_with_a_recomputation(make_model):
     torch.testing.assert_close(out.sequences_scores, recomputed, **CLOSE)
 
 
+@pytest.mark.needs_transformers("4.39", "assisted decoding with a cache that is no tuple")
 def test_assisted_decoding_equals_greedy(make_model):
     """Prompt lookup and a smaller assistant propose tokens; greedy's ids come out."""
     model, assistant = make_model(), make_model(num_layers=1, seed=1)

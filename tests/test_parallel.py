@@ -29,6 +29,10 @@ dist.destroy_process_group()
 @pytest.mark.needs_transformers("4.57", "the tensor-parallel styles of the plan")
 def test_two_processes_equal_one(tmp_path):
     """tp_plan="auto" cuts the fused query_key_value and gate/up projections by rows, right for 2 groups."""
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    if "colwise_rep" not in ALL_PARALLEL_STYLES:
+        pytest.skip("needs transformers 4.57, 5.0 or 5.23: the style colwise_rep, which releases between them lack")
     script = tmp_path / "share.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
