@@ -4,7 +4,9 @@ import torch
 
 from .transformers_compat import DynamicCache, DynamicLayer
 
-STEP = 256  # tokens of room at a time: at 6B size 1.8 MB a layer, and one copy of the cache in 256 steps
+STEP = (
+    256  # tokens of room at a time: at 6B size 0.3 MB a layer in half precision, and one copy of the cache in 256 steps
+)
 
 
 class GrowingLayer(DynamicLayer):
@@ -16,7 +18,8 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append (B, G, T, D); returns all keys and values, (B, G, S, D)."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and key_states.requires_grad):
+        learns = key_states.requires_grad or (self.is_initialized and self.keys.requires_grad)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and learns):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             super().update(key_states[..., :0, :], value_states[..., :0, :], *args, **kwargs)
@@ -24,13 +27,20 @@ class GrowingLayer(DynamicLayer):
         self.values, self.value_buffer = appended(self.values, getattr(self, "value_buffer", None), value_states)
         return self.keys, self.values
 
+    def crop(self, *args, **kwargs):
+        """Forget the last tokens. What was read before stays as it is: the next update takes a new buffer."""
+        super().crop(*args, **kwargs)
+        self.key_buffer = self.value_buffer = None
+
 
 def appended(held, buffer, new):
     """(held and new as one view, its buffer): `held` (B, G, S, D), `new` (B, G, T, D)."""
     seen, total = held.shape[2], held.shape[2] + new.shape[2]
     mine = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.shape[:2] == held.shape[:2]
-    if not mine or total > buffer.shape[2]:
-        buffer = new.new_empty(*new.shape[:2], (total // STEP + 1) * STEP, new.shape[3])
+    writable = mine and buffer.dtype == new.dtype and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+    if not writable or total > buffer.shape[2]:
+        dtype = torch.promote_types(held.dtype, new.dtype)
+        buffer = new.new_empty(*new.shape[:2], (total // STEP + 1) * STEP, new.shape[3], dtype=dtype)
         buffer[:, :, :seen] = held
     buffer[:, :, seen:total] = new
     return buffer[:, :, :total], buffer

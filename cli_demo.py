@@ -25,9 +25,7 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TOY), help="folder with weights and tokenizer.model (default: the toy)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bfloat16 on a CPU, else float16"
-    )
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float16, as released")
     parser.add_argument("--quantize", type=int, default=0, choices=[0, 4, 8], help="hold the weights in so many bits")
     parser.add_argument(
         "--max-new-tokens", type=int, default=None, help="tokens an answer may take (default: what fits)"
@@ -58,8 +56,7 @@ def load(folder, device, dtype, bits):
         )
     model_class = get_class_from_dynamic_module("modeling_chatglm.ChatGLMForConditionalGeneration", str(CODE))
     tokenizer_class = get_class_from_dynamic_module("tokenization_chatglm.ChatGLMTokenizer", str(CODE))
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cpu" else "float16"
+    dtype = "float16" if dtype == "auto" else dtype
     tokenizer = tokenizer_class.from_pretrained(folder)
     model = model_class.from_pretrained(folder, torch_dtype=DTYPES[dtype])
     return model.quantize(bits).to(device).eval(), tokenizer
@@ -129,18 +126,13 @@ def main(arguments=None):
     settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
-    model, tokenizer = load(args.model, choose_device(args.device), args.dtype, args.quantize)
+    try:
+        model, tokenizer = load(args.model, choose_device(args.device), args.dtype, args.quantize)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # what is wrong with the folder or the device
+        raise SystemExit(f"{args.model} on {args.device}: {error}") from None
     conversation = Conversation(model, tokenizer, **settings)
     if not sys.stdin.isatty():
-        lines = iter(sys.stdin.read().splitlines())
-
-        def read_line():
-            try:
-                return next(lines)
-            except StopIteration:
-                raise EOFError from None
-
-        return talk(conversation, read_line, interactive=False)
+        return talk(conversation, input, interactive=False)
     try:
         import readline  # noqa: F401  (input() gains line editing and history)
     except ImportError:

@@ -107,6 +107,7 @@ class ChatGLMConfig(PretrainedConfig):
         tie_word_embeddings=False,
         **kwargs,
     ):
+        kwargs.pop("num_key_value_heads", None)  # derived
         self.num_layers = num_layers
         self.padded_vocab_size = padded_vocab_size
         self.hidden_size = hidden_size
@@ -126,7 +127,7 @@ class ChatGLMConfig(PretrainedConfig):
         self.multi_query_attention = multi_query_attention
         self.multi_query_group_num = multi_query_group_num
         self.fp32_residual_connection = fp32_residual_connection
-        self.rope_ratio = rope_ratio
+        self.rope_ratio = 1.0 if rope_ratio is None else rope_ratio
         self.rope_ratio_type = rope_ratio_type
         self.quantization_bit = quantization_bit or 0
         self.pre_seq_len = pre_seq_len or None

@@ -79,18 +79,25 @@ def stream(generate, device):
 
 
 def thread_state(device):
-    """What torch keeps per thread, taken from this one: autocast, and the CUDA device and stream."""
+    """What torch keeps per thread, taken from this one: inference mode, autocast, the CUDA device and stream."""
     kind, enabled = device.type, torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(kind) if enabled else None
     cuda_stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+    inference = torch.is_inference_mode_enabled()
 
     @contextlib.contextmanager
     def inherited():
-        with torch.autocast(kind, dtype=dtype) if enabled else contextlib.nullcontext():
-            with torch.cuda.stream(cuda_stream):
-                yield
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.cuda.stream(cuda_stream))
+            if enabled:
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            yield
 
     return inherited
+
+
+PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # what the released models write for the date of their training
 
 
 class FiniteScores(LogitsProcessor):
@@ -126,6 +133,8 @@ class ChatMixin:
             query: what the user says, not empty.
             history: (query, response) of the rounds before, oldest first; it is not changed.
             max_length: tokens of prompt and response together, where `max_new_tokens` is not given.
+            num_beams, do_sample, top_p, temperature: as for `generate`. A `generation_config` among the keyword
+                arguments stands in the place of these and of max_length.
             logits_processor: a list of processors of scores; it is not changed. Scores of nan and inf are made finite
                 behind them, so that no step raises.
             max_history_tokens: drop the oldest rounds from the prompt until those kept take so many tokens or fewer.
@@ -138,12 +147,13 @@ class ChatMixin:
             ValueError: an empty query, a history of another form, a prompt that would pass `seq_length`.
         """
         history = checked_history(query, history)
+        if (kwargs.get("num_return_sequences") or 1) > 1:
+            raise ValueError("chat gives one answer: leave num_return_sequences at 1, or use generate.")
         kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
         inputs = self.build_inputs(tokenizer, query, kept)
         prompt_length = inputs["input_ids"].shape[1]
-        settings = self._chat_settings(
-            prompt_length, max_length, do_sample, top_p, temperature, logits_processor, num_beams=num_beams, **kwargs
-        )
+        sampling = {"num_beams": num_beams, "do_sample": do_sample, "top_p": top_p, "temperature": temperature}
+        settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
         output = self.generate(**inputs, **settings)
         ids = getattr(output, "sequences", output)[0, prompt_length:].tolist()
         response = self._response(tokenizer, ids)
@@ -169,14 +179,17 @@ class ChatMixin:
         Args:
             past_key_values: the cache that the round before handed out, also if that round was cut off; only the new
                 round is encoded then. (As in the original, the last token of an answer that was cut off is not in it.)
+                An empty cache is filled with the whole prompt.
             return_past_key_values: hand out the cache, too; it is one object, extended in place.
 
         Yields:
             (text so far, history with it[, cache]). The text is extended from step to step, never ends in half a
-            character, and the last one is whole.
+            character, and the last one is whole. A round that is broken off before its first text leaves the cache as
+            it was.
         """
         history = checked_history(query, history)
-        if past_key_values is None:
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if not held:
             kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
             inputs = self.build_inputs(tokenizer, query, kept)
         elif max_history_tokens is not None:
@@ -184,35 +197,47 @@ class ChatMixin:
         else:
             inputs = self._next_round_inputs(tokenizer, query, history, past_key_values)
         prompt_length = inputs["input_ids"].shape[1]
-        settings = self._chat_settings(
-            prompt_length, max_length, do_sample, top_p, temperature, logits_processor, **kwargs
-        )
+        sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
+        settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
         cache = DynamicCache() if past_key_values is None and return_past_key_values else past_key_values
         if cache is not None:
             settings["past_key_values"] = cache
 
-        shown = None
-        for ids in self.stream_generate(**inputs, **settings):
-            text = self._response(tokenizer, ids[0, prompt_length:].tolist())
-            if text and text != shown:
-                shown = text
-                yield self._yielded(text, query, history, cache, return_past_key_values)
-        if shown is None:
-            yield self._yielded("", query, history, cache, return_past_key_values)
+        def handed_out(text):
+            result = (text, [*history, (query, text)])
+            return (*result, cache) if return_past_key_values else result
 
-    @staticmethod
-    def _yielded(text, query, history, cache, return_past_key_values):
-        result = (text, [*history, (query, text)])
-        return (*result, cache) if return_past_key_values else result
+        shown = whole = ""
+        try:
+            for ids in self.stream_generate(**inputs, **settings):
+                whole = self._response(tokenizer, ids[0, prompt_length:].tolist())
+                text = without_half_placeholder(whole)
+                if text and text != shown:
+                    shown = text
+                    yield handed_out(text)
+        except BaseException:
+            if not shown and cache is not None and cache.get_seq_length() > held:
+                cache.crop(held - cache.get_seq_length())
+            raise
+        if whole != shown or not shown:
+            yield handed_out(whole)
 
     def build_inputs(self, tokenizer, query, history=None):
         """The model's inputs for `query` after `history`: input_ids, attention_mask, position_ids, int [1, T]."""
         prompt = tokenizer.build_prompt(query, history)
-        return tokenizer([prompt], return_tensors="pt").to(self.device)
+        return tokenizer([prompt], return_tensors="pt").to(self._input_device())
+
+    def _input_device(self):
+        """Where ids go: the embedding's device, or the one that accelerate will bring an offloaded embedding to."""
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
+        target = getattr(hook, "execution_device", None)
+        if target is not None:
+            return torch.device(target)
+        return self.get_input_embeddings().weight.device
 
     def process_response(self, response):
         """The text of an answer as it is shown: stripped, and its placeholder for the training date filled."""
-        return response.strip().replace("[[训练时间]]", "2023年")
+        return response.strip().replace(PLACEHOLDER, TRAINING_DATE)
 
     def _response(self, tokenizer, ids):
         return self.process_response(tokenizer.decode(tokenizer.without_half_character(ids)))
@@ -236,18 +261,24 @@ class ChatMixin:
         text = "\n\n" + tokenizer.build_round(len(history) + 1, query)
         new = tokenizer.encode(text, add_special_tokens=False)[1:]  # less the space that every text begins with
         cached = [tokenizer.pad_token_id] * self.transformer.count_cached_tokens(past_key_values)
-        input_ids = torch.tensor([cached + new], device=self.device)
+        input_ids = torch.tensor([cached + new], device=self._input_device())
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def _chat_settings(self, prompt_length, max_length, do_sample, top_p, temperature, logits_processor, **kwargs):
+    def _chat_settings(self, tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs):
         """Keyword arguments for `generate`; checks that the answer's length fits the model."""
-        settings = {**kwargs, "do_sample": do_sample}
-        if do_sample:
-            settings.update(top_p=top_p, temperature=temperature)
-        if kwargs.get("max_new_tokens") is not None:
-            self._check_room(prompt_length, kwargs["max_new_tokens"])
-        else:
-            settings["max_length"] = min(max_length, self.config.seq_length)
+        if "streamer" in kwargs:
+            raise ValueError("chat has no use for a streamer: iterate over stream_chat, or give it to generate.")
+        settings, given = dict(kwargs), kwargs.get("generation_config")
+        if given is None:
+            given = self.generation_config
+            settings.update(sampling if sampling["do_sample"] else {**sampling, "top_p": None, "temperature": None})
+        if settings.get("stop_strings") or getattr(given, "stop_strings", None):
+            settings["tokenizer"] = tokenizer
+        new = kwargs.get("max_new_tokens") or given.max_new_tokens
+        if new is not None:
+            self._check_room(prompt_length, new)
+        elif "generation_config" not in kwargs:
+            settings["max_length"] = min(max_length or self.config.seq_length, self.config.seq_length)
             if prompt_length >= settings["max_length"]:
                 raise ValueError(
                     f"The prompt has {prompt_length} tokens, and max_length={max_length}, with "
@@ -289,6 +320,8 @@ class ChatMixin:
         self._check_room(input_ids.shape[1], new or 0)
         if return_past_key_values and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = DynamicCache()
+        if "streamer" in kwargs:
+            raise ValueError("stream_generate is the stream: leave out the streamer, or give it to generate.")
         generate = partial(
             self.generate,
             input_ids,
@@ -298,7 +331,7 @@ class ChatMixin:
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             **kwargs,
         )
-        with contextlib.closing(stream(generate, self.device)) as steps:
+        with contextlib.closing(stream(generate, self._input_device())) as steps:
             ids = next(steps).to(input_ids.device)
             for step in steps:
                 ids = torch.cat((ids, step.to(ids.device).view(len(ids), -1)), dim=1)
@@ -327,8 +360,11 @@ class ChatMixin:
         if inputs_embeds is not None and not seen:
             inputs = {"inputs_embeds": inputs_embeds}
         else:  # counted from the end: ids do not always begin with the prompt, the mask does
-            total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+            embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+            total = input_ids.shape[1] + embedded if attention_mask is None else attention_mask.shape[1]
             inputs = {"input_ids": input_ids[:, seen - total :]}
+            if seen >= total:
+                raise ValueError("prefill_chunk_size does not go with the prefix of P-Tuning: leave it out.")
         return {
             **inputs,
             "attention_mask": attention_mask,
@@ -336,6 +372,14 @@ class ChatMixin:
             "use_cache": kwargs.get("use_cache"),
             "logits_to_keep": kwargs.get("logits_to_keep", 0),
         }
+
+
+def without_half_placeholder(text):
+    """`text` less an unfinished placeholder at its end, which would be taken back once it is whole."""
+    for length in range(len(PLACEHOLDER) - 1, 0, -1):
+        if text.endswith(PLACEHOLDER[:length]):
+            return text[:-length].rstrip()
+    return text
 
 
 def checked_history(query, history):

@@ -103,13 +103,17 @@ def make_norm(config):
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """The reference in plain torch; the only one that returns the weights.
 
-    Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask additive, (B, 1, T, S), or None.
+    Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask (B, 1, T, S), additive or boolean, or None.
     Returns: output (B, T, H, D), weights (B, H, T, S).
     """
     query = query.unflatten(1, (key.shape[1], -1))  # (B, G, H / G, T, D)
     scores = query @ key[:, :, None].transpose(-1, -2) * scaling  # (B, G, H / G, T, S)
     if attention_mask is not None:
-        scores = scores + attention_mask[:, :, None, :, : key.shape[2]]
+        attention_mask = attention_mask[:, :, None, :, : key.shape[2]]
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, dropout, module.training)
     output = (weights @ value[:, :, None]).flatten(1, 2)  # (B, H, T, D)
@@ -278,6 +282,10 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
     _supports_quantized_cache = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True  # the attention is looked up at every call
+
     def _init_weights(self, module):
         """Normal weights, zero biases, unit norms, for what no checkpoint gives; quantized weights stay."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -373,6 +381,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         prefix, mask_cache = [None] * config.num_layers, past_key_values
         if config.pre_seq_len:
+            self._check_prefix(past_key_values)
             cache_position = None  # generate() does not count the prefix
             if attention_mask is not None and attention_mask.dim() == 2:
                 attention_mask = torch.cat((attention_mask.new_ones(B, config.pre_seq_len), attention_mask), dim=1)
@@ -434,6 +443,19 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(device)
         return torch.arange(length, device=device)[None] + seen
+
+    def _check_prefix(self, past_key_values):
+        if getattr(past_key_values, "is_compileable", False):
+            raise ValueError(
+                f"A static cache has no room for the prefix of pre_seq_len={self.config.pre_seq_len}, which generate "
+                "does not count: use the dynamic cache."
+            )
+        held = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if 0 < held < self.config.pre_seq_len:
+            raise ValueError(
+                f"The cache holds {held} tokens, fewer than the prefix of pre_seq_len={self.config.pre_seq_len}: it "
+                "was cropped (assisted decoding before transformers 5 does so). Generate without assistance."
+            )
 
     @staticmethod
     def _check_mask(attention_mask, past_key_values, seen, length):
@@ -619,7 +641,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     def _loss(self, logits, labels):
         kind = self.config.problem_type
         if kind == "regression" or kind is None and self.num_labels == 1:
-            return F.mse_loss(logits.squeeze(-1), labels.float())
-        if kind == "multi_label_classification" or kind is None and labels.is_floating_point():
+            return F.mse_loss(logits, labels.float().reshape(logits.shape))
+        if kind == "multi_label_classification" or kind is None and (labels.is_floating_point() or labels.dim() > 1):
             return F.binary_cross_entropy_with_logits(logits, labels.float())
         return F.cross_entropy(logits, labels.view(-1))

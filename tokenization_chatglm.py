@@ -72,7 +72,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.builtin_tokens = {pieces.IdToPiece(i): i for i in named.values()} | self.tokenizer.special_tokens
         for name, i in named.items():
             kwargs[name] = pieces.IdToPiece(i)
-        kwargs["pad_token"] = kwargs["unk_token"]
+        kwargs["pad_token"] = kwargs.get("pad_token") or kwargs["unk_token"]
         super().__init__(padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs)
         self._read_chat_template()
 
@@ -126,7 +126,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return 0 <= index < pieces.vocab_size() and not pieces.IsControl(index) and not pieces.IsUnknown(index)
 
     def _user_added_vocab(self):
-        return {token: i for token, i in self.get_added_vocab().items() if token not in self.builtin_tokens}
+        return {token: i for token, i in self.get_added_vocab().items() if i >= self.vocab_size}
 
     # Text to ids and back
 
@@ -162,13 +162,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def without_half_character(self, ids):
-        """`ids` up to the last whole character, without the special ids behind it.
+        """`ids` up to the last whole character, without those that give no text.
 
         Byte fallback spells a rare character with one id a byte, so a stream can stand inside it.
         """
-        pieces, special = self.tokenizer.sp_model, self.builtin_tokens.values()
-        while ids and ids[-1] in special:
-            ids = ids[:-1]
+        pieces, added = self.tokenizer.sp_model, set(self._user_added_vocab().values())
+        ids = [i for i in ids if self._is_text(i) or i in added]  # what gives no text may stand within a character
         for count, i in enumerate(reversed(ids[-3:]), start=1):  # a character has at most four bytes
             if not (self._is_text(i) and pieces.IsByte(i)):
                 break
@@ -247,6 +246,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         With `add_generation_prompt=True` the ids are those of `build_prompt`. A system message may come first and
         stands before round 1; user and assistant take turns. Another order raises jinja2's TemplateError.
         """
+        if kwargs.pop("return_assistant_tokens_mask", False):
+            raise ValueError("return_assistant_tokens_mask needs the offsets of a fast tokenizer; this one has none.")
         text = super().apply_chat_template(conversation, *args, tokenize=False, **kwargs)
         if not tokenize:
             return text

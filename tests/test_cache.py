@@ -70,6 +70,26 @@ def test_going_on_after_a_change(pair, change):
         feed(others, 1, 9)
 
 
+def test_what_was_read_before_a_crop_stays(pair):
+    """Keys taken before a crop are not overwritten by what comes after it."""
+    _, growing = pair
+    feed(pair, 7, 0)
+    before = growing.layers[0].keys
+    kept = before.clone()
+    growing.crop(-2)
+    growing.update(torch.zeros(2, 2, 2, 4), torch.zeros(2, 2, 2, 4), 0)
+    assert torch.equal(before, kept)
+
+
+def test_another_dtype_is_promoted(pair):
+    """A bfloat16 round and then a float32 one: float32 from then on, as torch.cat gives."""
+    for cache in pair:
+        cache.update(torch.ones(1, 2, 3, 4).bfloat16(), torch.ones(1, 2, 3, 4).bfloat16(), 0)
+    key, value = torch.rand(1, 2, 1, 4), torch.rand(1, 2, 1, 4)
+    plain, growing = (cache.update(key, value, 0) for cache in pair)
+    assert growing[0].dtype == torch.float32 and torch.equal(plain[0], growing[0]) and torch.equal(plain[1], growing[1])
+
+
 def test_generate_uses_it(make_model):
     """The cache that `generate` makes itself grows in place, and one handed out by forward does."""
     from chatglm2.cache_chatglm import GrowingLayer

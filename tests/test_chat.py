@@ -8,7 +8,7 @@ import pytest
 import torch
 from chatglm2.transformers_compat import DynamicCache
 from conftest import SHARED
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
@@ -31,6 +31,18 @@ class Forbid(LogitsProcessor):
         self.calls += 1
         scores = scores.clone()
         scores[:, self.ids or slice(None)] = self.fill
+        return scores
+
+
+class Spell(LogitsProcessor):
+    """Makes the model say the given ids."""
+
+    def __init__(self, ids):
+        self.left = list(ids)
+
+    def __call__(self, input_ids, scores):
+        scores = torch.full_like(scores, -1e4)
+        scores[:, self.left.pop(0)] = 0.0
         return scores
 
 
@@ -165,20 +177,22 @@ def test_no_step_shows_half_a_character(make_model, tokenizer):
     want = "😀龘é!"
     spelled = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in want.encode()]
 
-    class Spell(LogitsProcessor):
-        def __init__(self):
-            self.left = [*spelled, tokenizer.eos_token_id]
-
-        def __call__(self, input_ids, scores):
-            scores = torch.full_like(scores, -1e4)
-            scores[:, self.left.pop(0)] = 0.0
-            return scores
-
+    spelled.insert(5, 1650)  # an id that only the padded embedding has, within a character
+    spell = Spell([*spelled, tokenizer.eos_token_id])
     model = make_model(padded_vocab_size=1664)
-    texts = [text for text, _ in model.stream_chat(tokenizer, "x", logits_processor=[Spell()], do_sample=False)]
+    texts = [text for text, _ in model.stream_chat(tokenizer, "x", logits_processor=[spell], do_sample=False)]
     assert texts == ["😀", "😀龘", "😀龘é", "😀龘é!"]
-    cut, _ = model.chat(tokenizer, "x", logits_processor=[Spell()], do_sample=False, max_new_tokens=5)
+    cut, _ = model.chat(tokenizer, "x", logits_processor=[Spell(spelled)], do_sample=False, max_new_tokens=6)
     assert cut == "😀"
+
+
+def test_no_step_shows_half_a_placeholder(make_model, tokenizer):
+    """[[训练时间]] becomes 2023年 at once: no step shows a part of it that the next one would take back."""
+    ids = tokenizer.encode("在[[训练时间]]前，[[训", add_special_tokens=False)
+    spell, model = Spell([*ids, tokenizer.eos_token_id]), make_model(padded_vocab_size=1664)
+    texts = [text for text, _ in model.stream_chat(tokenizer, "x", logits_processor=[spell], do_sample=False)]
+    assert all(b.startswith(a) for a, b in zip(texts, texts[1:]))
+    assert texts[0] == "在" and texts[-1] == "在2023年前，[[训" and not any("[[训练" in text for text in texts)
 
 
 def test_rounds_with_a_cache_encode_only_their_own_turn(chatty, tokenizer):
@@ -212,11 +226,83 @@ def test_a_round_that_was_cut_off_can_be_gone_on_from(chatty, tokenizer):
     assert len(history) == 2 and cache.get_seq_length() > held
 
 
+def test_an_empty_cache_is_filled_with_the_whole_prompt(chatty, tokenizer):
+    """A cache that the caller made is no round before: history and [gMASK] sop go into it."""
+    history, cache = [("你好", "你好！")], DynamicCache()
+    *_, (text, _, same) = chatty.stream_chat(tokenizer, "再见", history, cache, return_past_key_values=True, **GREEDY)
+    assert same is cache and text == chatty.chat(tokenizer, "再见", history, **GREEDY)[0]
+
+
+@pytest.mark.needs_transformers("4.42", "caches that can be cropped")
+def test_a_round_broken_off_before_its_first_text_leaves_the_cache(chatty, tokenizer):
+    """Ctrl-C within the prompt's pass: cache and history still tell of the same rounds."""
+    *_, (_, history, cache) = chatty.stream_chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
+    held = cache.get_seq_length()
+
+    class Interrupts(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(chatty.stream_chat(tokenizer, "再见", history, cache, logits_processor=[Interrupts()], **GREEDY))
+    assert cache.get_seq_length() == held
+    *_, (after, _) = chatty.stream_chat(tokenizer, "再见", history, cache, **GREEDY)
+    assert after
+
+
+def test_rounds_under_inference_mode_and_outside_of_it(chatty, tokenizer):
+    """A cache made under torch.inference_mode() is gone on from without it, and the other way round."""
+    with torch.inference_mode():
+        *_, (_, history, cache) = chatty.stream_chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
+    *_, (_, history, cache) = chatty.stream_chat(
+        tokenizer, "再见", history, cache, return_past_key_values=True, **GREEDY
+    )
+    with torch.inference_mode():
+        *_, (text, _, _) = chatty.stream_chat(tokenizer, "x", history, cache, return_past_key_values=True, **GREEDY)
+    assert text
+
+
+def test_a_generation_config_stands_in_the_place_of_the_settings(chatty, tokenizer):
+    """generation_config decides on sampling and length: chat adds nothing to it."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=12, pad_token_id=0)
+    want, _ = chatty.chat(tokenizer, "你好", **GREEDY)
+    assert [chatty.chat(tokenizer, "你好", generation_config=config)[0] for _ in range(3)] == [want] * 3
+    *_, (streamed, _) = chatty.stream_chat(tokenizer, "你好", generation_config=config)
+    assert streamed == want
+
+
+@pytest.mark.needs_transformers("4.41", "stop_strings")
+def test_stop_strings(tiny_model, tokenizer):
+    """stop_strings need no tokenizer of their own."""
+    assert tiny_model.chat(tokenizer, "你好", do_sample=False, stop_strings=["！"])[0] == "你好！"
+
+
+def test_what_makes_no_sense_in_a_chat_is_refused(chatty, tokenizer):
+    """A streamer, several answers."""
+    with pytest.raises(ValueError, match="no use for a streamer"):
+        next(chatty.stream_chat(tokenizer, "你好", streamer=None))
+    with pytest.raises(ValueError, match="chat gives one answer"):
+        chatty.chat(tokenizer, "你好", num_return_sequences=3)
+
+
+def test_an_offloaded_embedding_is_no_hindrance(tiny_model, tokenizer):
+    """accelerate may hold every weight elsewhere until it is needed: chat sends its ids to where they will be."""
+    import copy
+
+    from accelerate import cpu_offload
+
+    model = cpu_offload(copy.deepcopy(tiny_model), torch.device("cpu"))
+    want = tiny_model.chat(tokenizer, "你好", do_sample=False)
+    assert model.chat(tokenizer, "你好", do_sample=False) == want
+    *_, streamed = model.stream_chat(tokenizer, "你好", do_sample=False)
+    assert streamed == want
+
+
 def test_the_prefix_of_p_tuning_goes_with_the_cache(make_model, tokenizer):
     """Rounds with a cache work on a P-tuned model: the prefix is counted neither as tokens nor as positions."""
     model = make_model(padded_vocab_size=1664, pre_seq_len=4)
     model.generation_config.eos_token_id = None
-    cache, ids = DynamicCache(), model.build_inputs(tokenizer, "你好")["input_ids"]
+    ids = model.build_inputs(tokenizer, "你好")["input_ids"]
     *_, (text, history, cache) = model.stream_chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
     *_, whole = model.stream_generate(ids, **GREEDY)
     *_, (again, _, cache) = model.stream_chat(tokenizer, "再见", history, cache, return_past_key_values=True, **GREEDY)
@@ -268,6 +354,7 @@ def test_oldest_rounds_are_dropped_to_fit(chatty, tokenizer):
 
 def test_prompts_that_do_not_fit_are_refused_before_work_starts(chatty, tokenizer):
     """Prompt and answer beyond seq_length: one clear error, with the numbers and the cure, and no forward pass."""
+    *_, (_, history, cache) = chatty.stream_chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
     chatty.transformer.register_forward_hook(lambda *_: pytest.fail("the model was run"))
     with pytest.raises(ValueError, match="pass seq_length=512. Shorten the prompt or lower max_new_tokens to"):
         chatty.chat(tokenizer, "你好", do_sample=False, max_new_tokens=510)
@@ -276,7 +363,9 @@ def test_prompts_that_do_not_fit_are_refused_before_work_starts(chatty, tokenize
     with pytest.raises(ValueError, match="leaves none for an answer.*max_history_tokens"):
         chatty.chat(tokenizer, "你好" * 300)
     with pytest.raises(ValueError, match="max_history_tokens cannot drop rounds from a cache"):
-        next(chatty.stream_chat(tokenizer, "你好", [], DynamicCache(), max_history_tokens=5))
+        next(chatty.stream_chat(tokenizer, "你好", history, cache, max_history_tokens=5))
+    with pytest.raises(ValueError, match="pass seq_length=512"):
+        chatty.chat(tokenizer, "你好", generation_config=GenerationConfig(max_new_tokens=510))
 
 
 @pytest.mark.parametrize("query", ["", "  \n", None, 3])

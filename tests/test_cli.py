@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 HELLO = "你好！我是一个很小的 ChatGLM2 演示模型，很高兴和你聊天。"
 COMMAND = [sys.executable, str(ROOT / "cli_demo.py"), "--device", "cpu", "--temperature", "0"]
@@ -36,6 +36,15 @@ def test_a_folder_that_is_none_is_named():
     """A wrong --model ends with one line."""
     done = run("", "--model", "/nowhere")
     assert done.returncode == 1 and done.stderr.decode().startswith("/nowhere is no folder")
+
+
+def test_what_is_wrong_with_a_folder_is_one_message(tmp_path):
+    """A truncated tokenizer.model: its name and the cure, and no traceback."""
+    (tmp_path / "config.json").write_text((TINY / "config.json").read_text())
+    (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes()[:500])
+    done = run("", "--model", str(tmp_path))
+    error = done.stderr.decode()
+    assert done.returncode == 1 and "(500 bytes) is not a SentencePiece model" in error and "Traceback" not in error
 
 
 def test_a_terminal_session(tmp_path):

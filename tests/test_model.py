@@ -85,18 +85,6 @@ def test_static_cache_equals_dynamic(make_model, padded_batch, attention):
     assert torch.equal(static, model.generate(ids, **settings))
 
 
-@pytest.mark.needs_transformers("4.48", "offloaded caches that any model can use")
-def test_offloaded_cache_is_taken(make_model):
-    """An offloaded cache is a matter of `generate`'s arguments; without an accelerator it computes on the CPU."""
-    model, ids = make_model(), some_ids()
-    if not torch.cuda.is_available():
-        pytest.skip("an offloaded cache prefetches on a CUDA stream")
-    settings = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(
-        model.generate(ids, cache_implementation="offloaded", **settings), model.generate(ids, **settings)
-    )
-
-
 def test_sdpa_equals_eager(make_model, padded_batch):
     """The fused attention and the reference give the same logits, padded or not, and at a single new token."""
     ids, mask, _ = padded_batch
@@ -119,9 +107,10 @@ def test_flex_equals_eager(make_model):
         torch.testing.assert_close(logits(flex, ids), logits(eager, ids), **CLOSE)
 
 
-def test_four_dimensional_mask_reaches_the_attention(make_model):
-    """A ready mask [B, 1, T, S] is used as it is: forbidding the first token equals padding it."""
-    model, ids = make_model(), some_ids(rows=1, length=6)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_four_dimensional_mask_reaches_the_attention(make_model, attention):
+    """A ready boolean mask [B, 1, T, S] is used as it is: forbidding the first token equals padding it."""
+    model, ids = make_model(attention=attention), some_ids(rows=1, length=6)
     allowed = torch.ones(6, 6, dtype=torch.bool).tril()
     allowed[1:, 0] = False
     positions = torch.tensor([[0, 0, 1, 2, 3, 4]])
@@ -403,6 +392,16 @@ def test_prefix_trains_alone_and_counts_for_nothing_else(make_model, projection)
     assert beams.shape == (2, 16)
 
 
+@pytest.mark.needs_transformers("5.0", "static caches that count their own tokens, and chunks")
+def test_what_does_not_go_with_a_prefix_is_refused(make_model):
+    """A static cache and chunked prefill would lose the prefix: one clear error each."""
+    model, ids = make_model(pre_seq_len=5), some_ids()
+    with pytest.raises(ValueError, match="no room for the prefix of pre_seq_len=5"):
+        model.generate(ids, max_new_tokens=3, cache_implementation="static")
+    with pytest.raises(ValueError, match="prefill_chunk_size does not go with the prefix"):
+        model.generate(ids, max_new_tokens=3, prefill_chunk_size=4, past_key_values=DynamicCache())
+
+
 def test_classifier_reads_the_last_real_token(make_model, padded_batch):
     """Left or right padding: the scores are those of the row alone."""
     ids, mask, rows = padded_batch
@@ -433,7 +432,24 @@ def test_classifier_loss_follows_the_labels(make_model, labels):
     assert model.config.problem_type is None
 
 
+def test_regression_compares_row_by_row(make_model):
+    """num_labels=1: labels [B] and [B, 1] give the same squared error."""
+    model = make_model(cls=ChatGLMForSequenceClassification, num_labels=1)
+    labels = torch.tensor([0.5, -2.0])
+    losses = [model(input_ids=some_ids(), labels=shape).loss for shape in (labels, labels[:, None])]
+    torch.testing.assert_close(*losses)
+
+
 # The ecosystem's handles
+
+
+@pytest.mark.needs_transformers("4.53", "set_attn_implementation")
+def test_attention_can_be_switched(make_model):
+    """set_attn_implementation takes effect at the next call."""
+    model, ids = make_model(), some_ids()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert len(model(input_ids=ids, output_attentions=True).attentions) == 3
 
 
 def test_embeddings_can_be_read_replaced_and_resized(make_model):

@@ -646,7 +646,7 @@ def test_a_released_checkpoint_loads(make_model, tmp_path):
     model = make_model().half().quantize(4)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     state["transformer.rotary_pos_emb.inv_freq"] = torch.zeros(4, dtype=torch.float16)
-    model.config.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     other, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

@@ -145,6 +145,21 @@ def test_save_and_reload(tokenizer, tmp_path):
     assert len(again) == len(tokenizer) and again.padding_side == "left"
 
 
+def test_names_for_special_ids_stay_text(tmp_path):
+    """A tokenizer_config.json that names special ids (other tools write such) lets no text become one."""
+    from transformers import AddedToken
+
+    names = {0: AddedToken("<pad>", special=True), 2: AddedToken("<eos>", special=True)}
+    tokenizer = ChatGLMTokenizer(str(TINY / "tokenizer.model"), added_tokens_decoder=names)
+    assert not special_ids(tokenizer) & set(tokenizer.encode("<eos> <pad>", add_special_tokens=False))
+
+
+def test_another_pad_token_comes_back(tmp_path):
+    """A pad token that a user chose is saved and loaded."""
+    ChatGLMTokenizer.from_pretrained(TINY, pad_token="</s>").save_pretrained(tmp_path)
+    assert ChatGLMTokenizer.from_pretrained(tmp_path).pad_token_id == 2
+
+
 def test_copy_and_pickle(tokenizer):
     """Copies encode alike: data loaders send the tokenizer to other processes."""
     for other in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
@@ -222,6 +237,7 @@ def test_system_message_stands_before_round_one(tokenizer):
         (["user", "system", "user"], "must be the first"),
         (["user", "tool"], "give system, user or assistant"),
         (["user", "assistant"], "needs a user message at the end"),
+        (["user", None], "must be text"),
     ],
 )
 def test_odd_orders_of_roles_are_refused(tokenizer, roles, message):
@@ -229,7 +245,7 @@ def test_odd_orders_of_roles_are_refused(tokenizer, roles, message):
     from jinja2.exceptions import TemplateError
 
     with pytest.raises(TemplateError, match=message):
-        template_ids(tokenizer, [{"role": role, "content": "x"} for role in roles])
+        template_ids(tokenizer, [{"role": role or "user", "content": "x" if role else ["x"]} for role in roles])
 
 
 # The released vocabulary
