@@ -3,7 +3,8 @@
     python benchmarks/decode.py [--dtype float32] [--device cpu] [--contexts 512 2048 8192]
 
 The toy's shape scaled up: hidden 1024, 8 layers, random weights. The caches are filled with random keys and values of
-the context's length; then both models decode in turns, token by token. One JSON line goes to benchmarks/results/.
+the contexts' lengths; then both models decode in turns, a token at every context in every round, so that the machine's
+drift touches all alike. One JSON line goes to benchmarks/results/.
 """
 
 import argparse
@@ -57,19 +58,20 @@ def synchronize(device):
 
 
 @torch.no_grad()
-def step_times(models, context, tokens, warmup=4):
-    """Seconds of each step, a list for each model, the models in turns."""
-    caches, times = [filled_cache(model, context) for model in models], [[] for _ in models]
+def step_times(models, contexts, tokens, warmup=3):
+    """Milliseconds of each step: {(context, number of the model): a list over the rounds}."""
     device = models[0].device
     token = torch.tensor([[5]], device=device)
+    caches = {(context, i): filled_cache(model, context) for context in contexts for i, model in enumerate(models)}
+    times = {key: [] for key in caches}
     for _ in range(tokens + warmup):
-        for model, cache, record in zip(models, caches, times):
+        for (context, i), cache in caches.items():
             synchronize(device)
             start = time.perf_counter()
-            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            models[i](input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
             synchronize(device)
-            record.append(time.perf_counter() - start)
-    return [record[warmup:] for record in times]
+            times[context, i].append(1000 * (time.perf_counter() - start))
+    return {key: record[warmup:] for key, record in times.items()}
 
 
 def main():
@@ -88,12 +90,16 @@ def main():
     glm.set_attn_implementation("sdpa")
     models = [model.to(args.device, getattr(torch, args.dtype)) for model in (ours, glm)]
 
-    rows = []
+    times, rows = step_times(models, args.contexts, args.tokens), []
     for context in args.contexts:
-        ours_ms, glm_ms = (1000 * statistics.median(record) for record in step_times(models, context, args.tokens))
-        rows.append({"context": context, "ours_ms": round(ours_ms, 2), "glm_ms": round(glm_ms, 2)})
-        print(f"context {context:6d}: {ours_ms:7.2f} ms a token, GlmForCausalLM {glm_ms:7.2f}", flush=True)
-    growth = rows[-1]["ours_ms"] / rows[0]["ours_ms"]
+        ours_ms, glm_ms = (statistics.median(times[context, i]) for i in (0, 1))
+        ratio = statistics.median(theirs / ours for ours, theirs in zip(times[context, 0], times[context, 1]))
+        rows.append(
+            {"context": context, "ours_ms": round(ours_ms, 2), "glm_ms": round(glm_ms, 2), "ratio": round(ratio, 2)}
+        )
+        print(f"context {context:6d}: {ours_ms:7.2f} ms a token, GlmForCausalLM {glm_ms:7.2f}, {ratio:.2f} times that")
+    first, last = times[args.contexts[0], 0], times[args.contexts[-1], 0]
+    growth = statistics.median(b / a for a, b in zip(first, last))
     print(f"a token at {rows[-1]['context']} costs {growth:.2f} times one at {rows[0]['context']}")
     result = {
         "benchmark": "decode",

@@ -14,7 +14,10 @@ WORDS = {
         "context": "context",
         "ours": "ms a token",
         "glm": "GlmForCausalLM, ms a token",
-        "ratio": "ratio",
+        "ratio": "times ours",
+        "peak_gb": "peak of resident memory while loading, GB",
+        "peak_with_a_forward_gb": "and with a forward pass, GB",
+        "model_gb": "the model, GB",
         "threads": "threads",
         "weights": "weights",
         "backend": "computed by",
@@ -28,7 +31,10 @@ WORDS = {
         "context": "上下文",
         "ours": "每 token 毫秒",
         "glm": "GlmForCausalLM，每 token 毫秒",
-        "ratio": "比值",
+        "ratio": "是本项目的几倍",
+        "peak_gb": "加载时常驻内存峰值，GB",
+        "peak_with_a_forward_gb": "再做一次前向，GB",
+        "model_gb": "模型大小，GB",
         "threads": "线程",
         "weights": "权重",
         "backend": "由谁计算",
@@ -62,7 +68,7 @@ def decode_table(words):
     """Time a token against the context."""
     records = newest("decode", lambda record: record["dtype"])
     rows = [
-        [dtype, row["context"], row["ours_ms"], row["glm_ms"], f"{row['glm_ms'] / row['ours_ms']:.2f}"]
+        [dtype, row["context"], row["ours_ms"], row["glm_ms"], row["ratio"]]
         for dtype, record in sorted(records.items(), reverse=True)
         for row in record["rows"]
     ]
@@ -97,12 +103,15 @@ def quantized_table(words):
 
 
 def loading_table(words):
-    record = newest("loading", lambda record: record.get("bits"))
-    if not record:
+    """Peak memory of quantizing a float16 checkpoint of the 6.2B shapes while it loads."""
+    records = newest("loading", lambda record: record["bits"])
+    if not records:
         return ""
-    columns = [key for key in next(iter(record.values())) if key.endswith("_gb") or key in ("bits", "seconds")]
-    rows = [[entry[key] for key in columns] for entry in record.values()]
-    return f"{table(columns, rows)}\n\n`benchmarks/loading.py`"
+    columns = ["peak_gb", "peak_with_a_forward_gb", "model_gb"]
+    rows = [[f"int{bits}", *(record[key] for key in columns)] for bits, record in sorted(records.items())]
+    record = next(iter(records.values()))
+    caption = f"torch {record['torch']}, transformers {record['transformers']}. `benchmarks/loading.py`"
+    return f"{table([words['weights'], *(words[key] for key in columns)], rows)}\n\n{caption}"
 
 
 def matrix_table(words):

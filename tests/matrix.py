@@ -1,6 +1,6 @@
 """Run the test suite on every supported release of transformers, and write the table tests/matrix.md.
 
-    python tests/matrix.py [--releases 4.30.2 5.23.0] [--quick] [--jobs 2] [--tests tests/test_model.py]
+    python tests/matrix.py [--releases 4.30.2 5.23.0] [--quick] [--jobs 2] [--tests tests/test_model.py] [--again]
 
 Each release gets an environment under build/matrix/. torch, pytest and what they need are not installed again: they
 are linked from the environment that runs this script. Everything else is pinned below. Only a run of all releases and
@@ -87,7 +87,7 @@ def make_environment(release, folder):
 
 
 def run_tests(python, tests, home):
-    """{test file: {"passed", "failed", "not offered", "skipped": how many}} and the names of those that failed."""
+    """Run pytest; its report is in home/junit.xml then, what it printed in home/pytest.txt."""
     report = home / "junit.xml"
     report.unlink(missing_ok=True)
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", "--tb=short", f"--junitxml={report}"]
@@ -97,8 +97,12 @@ def run_tests(python, tests, home):
         subprocess.run([*command, *tests], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if not report.exists():
         raise RuntimeError(f"pytest did not get to its end: see {log.name}")
+
+
+def read_report(home):
+    """{test file: {"passed", "failed", "not offered", "skipped": how many}} and the names of those that failed."""
     groups, failures = {}, []
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in ElementTree.parse(home / "junit.xml").iter("testcase"):
         group = (case.get("classname") or case.get("name")).split(".")[-1]  # what cannot be imported has no class
         found = {child.tag: child for child in case}
         if "failure" in found or "error" in found:
@@ -136,6 +140,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help=f"the releases {', '.join(QUICK)} alone")
     parser.add_argument("--jobs", type=int, default=1, help="releases at a time")
     parser.add_argument("--tests", nargs="+", default=[], help="files of tests, and options of pytest")
+    parser.add_argument("--again", action="store_true", help="read the reports that are there, run only what has none")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "matrix", help="where the environments are")
     args = parser.parse_args()
     releases = [release for release in args.releases if not args.quick or release in QUICK]
@@ -143,7 +148,9 @@ def main():
 
     def run(release):
         begin = time.time()
-        groups, failures = run_tests(make_environment(release, args.folder), args.tests, args.folder / release)
+        if not (args.again and (args.folder / release / "junit.xml").exists()):
+            run_tests(make_environment(release, args.folder), args.tests, args.folder / release)
+        groups, failures = read_report(args.folder / release)
         print(f"{release}: {time.time() - begin:.0f} s, {len(failures)} failed", *failures, sep="\n    ", flush=True)
         return groups, failures
 

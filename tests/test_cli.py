@@ -40,7 +40,8 @@ def test_a_folder_that_is_none_is_named():
 
 def test_what_is_wrong_with_a_folder_is_one_message(tmp_path):
     """A truncated tokenizer.model: its name and the cure, and no traceback."""
-    (tmp_path / "config.json").write_text((TINY / "config.json").read_text())
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((TINY / name).read_text())
     (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes()[:500])
     done = run("", "--model", str(tmp_path))
     error = done.stderr.decode()
