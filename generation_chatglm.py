@@ -80,21 +80,28 @@ def stream(generate, device):
 
 def thread_state(device):
     """What torch keeps per thread, taken from this one: inference mode, autocast, the CUDA device and stream."""
-    kind, enabled = device.type, torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(kind) if enabled else None
-    cuda_stream = torch.cuda.current_stream(device) if kind == "cuda" else None
-    inference = torch.is_inference_mode_enabled()
+    dtype, inference = autocast_dtype(device.type), torch.is_inference_mode_enabled()
+    cuda_stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     @contextlib.contextmanager
     def inherited():
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.cuda.stream(cuda_stream))
-            if enabled:
-                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            if dtype is not None:
+                stack.enter_context(torch.autocast(device.type, dtype=dtype))
             yield
 
     return inherited
+
+
+def autocast_dtype(kind):
+    """The dtype that autocast computes in on devices of this kind, or None where it is off."""
+    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if kind == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # what the released models write for the date of their training

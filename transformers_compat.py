@@ -3,8 +3,8 @@
 Each fallback says with which release it can be deleted: once that release is the oldest one supported. A feature is
 asked for by its name or its signature; version numbers stand in sentences only.
 
-torch: 2.4 is the oldest that has what is called here and in the siblings (`torch.library.custom_op`, autocast by the
-device's name); only 2.13 was tested.
+torch: the float model calls what 2.2 has; the op of int8 and int4 layers needs 2.4 (`torch.library.custom_op`) to be
+compiled, and runs uncompiled before. Only 2.13 was tested.
 """
 
 from functools import partial

@@ -158,6 +158,17 @@ def test_streams_keep_the_callers_autocast(make_model):
     assert set(seen) == {torch.bfloat16}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_autocast_is_read_on_older_torch_too(monkeypatch):
+    """Before 2.4 torch had a function a device for this: the same answers."""
+    from chatglm2.generation_chatglm import autocast_dtype
+
+    monkeypatch.delattr(torch, "get_autocast_dtype")
+    assert autocast_dtype("cpu") is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast_dtype("cpu") == torch.bfloat16
+
+
 # chat and stream_chat
 
 
