@@ -163,10 +163,14 @@ def test_autocast_is_read_on_older_torch_too(monkeypatch):
     """Before 2.4 torch had a function a device for this: the same answers."""
     from chatglm2.generation_chatglm import autocast_dtype
 
-    monkeypatch.delattr(torch, "get_autocast_dtype")
-    assert autocast_dtype("cpu") is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert autocast_dtype("cpu") == torch.bfloat16
+    answers = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            with monkeypatch.context() as older:
+                older.delattr(torch, "get_autocast_dtype")
+                answers.append(autocast_dtype("cpu"))
+            assert autocast_dtype("cpu") == answers[-1]
+    assert answers == [None, torch.bfloat16]
 
 
 # chat and stream_chat
