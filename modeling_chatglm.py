@@ -476,12 +476,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         self.transformer = ChatGLMModel(config)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.transformer.get_input_embeddings()
-
-    def set_input_embeddings(self, embeddings):
-        self.transformer.set_input_embeddings(embeddings)
-
     def get_output_embeddings(self):
         return self.transformer.output_layer
 
@@ -579,12 +573,6 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.transformer.get_input_embeddings()
-
-    def set_input_embeddings(self, embeddings):
-        self.transformer.set_input_embeddings(embeddings)
 
     def forward(
         self,
