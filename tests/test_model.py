@@ -443,7 +443,7 @@ def test_regression_compares_row_by_row(make_model):
 # The ecosystem's handles
 
 
-@pytest.mark.needs_transformers("4.53", "set_attn_implementation")
+@pytest.mark.needs_transformers("4.54", "set_attn_implementation")
 def test_attention_can_be_switched(make_model):
     """set_attn_implementation takes effect at the next call."""
     model, ids = make_model(), some_ids()
