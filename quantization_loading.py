@@ -42,6 +42,11 @@ class ChatGLMQuantizer(HfQuantizer):
         self.rounds = not model.config.quantization_bit  # else the checkpoint holds int8 and int4 already
         options = {key: value for key, value in vars(self.quantization_config).items() if key != "quant_method"}
         quantize(model, empty=True, **options)
+        if self.rounds and ConversionOps is not object:  # 5.0 to 5.10 cast what loads to the dtype that waits for it
+            for layer in model.modules():
+                if hasattr(layer, "weight_scale"):
+                    waiting = layer.weight.to(layer.weight_scale.dtype)
+                    layer.weight = nn.Parameter(waiting, requires_grad=False)
         return model
 
     def param_needs_quantization(self, model, param_name, **kwargs):

@@ -394,12 +394,17 @@ def test_prefix_trains_alone_and_counts_for_nothing_else(make_model, projection)
 
 @pytest.mark.needs_transformers("5.0", "static caches that count their own tokens, and chunks")
 def test_what_does_not_go_with_a_prefix_is_refused(make_model):
-    """A static cache and chunked prefill would lose the prefix: one clear error each."""
+    """A static cache has no room for the prefix; chunked prefill is right where a release allows it, or refused."""
     model, ids = make_model(pre_seq_len=5), some_ids()
     with pytest.raises(ValueError, match="no room for the prefix of pre_seq_len=5"):
         model.generate(ids, max_new_tokens=3, cache_implementation="static")
-    with pytest.raises(ValueError, match="prefill_chunk_size does not go with the prefix"):
-        model.generate(ids, max_new_tokens=3, prefill_chunk_size=4, past_key_values=DynamicCache())
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    try:
+        chunked = model.generate(ids, prefill_chunk_size=4, past_key_values=DynamicCache(), **settings)
+    except ValueError as error:
+        assert "prefill_chunk_size does not go with the prefix" in str(error)
+    else:
+        assert torch.equal(chunked, model.generate(ids, **settings))
 
 
 def test_classifier_reads_the_last_real_token(make_model, padded_batch):
