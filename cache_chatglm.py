@@ -4,9 +4,8 @@ import torch
 
 from .transformers_compat import DynamicCache, DynamicLayer
 
-STEP = (
-    256  # tokens of room at a time: at 6B size 0.3 MB a layer in half precision, and one copy of the cache in 256 steps
-)
+# Tokens of room at a time: at 6B size 0.3 MB a layer in half precision, and one copy of the cache in 256 steps.
+STEP = 256
 
 
 class GrowingLayer(DynamicLayer):

@@ -109,9 +109,9 @@ def talk(conversation, read_line, interactive):
         except KeyboardInterrupt:
             write(" …" if interactive else "")
         except ValueError as error:  # a conversation that has become too long, for example
-            write(f"{error}\n(`clear` starts a new conversation.)" if interactive else "")
             if not interactive:
                 raise SystemExit(str(error)) from error
+            write(f"{error}\n(`clear` starts a new conversation.)")
         write("\n")
 
 
