@@ -2,6 +2,7 @@
 
 import torch
 
+from .torch_compat import is_compiling
 from .transformers_compat import DynamicCache, DynamicLayer
 
 # Tokens of room at a time: at 6B size 0.3 MB a layer in half precision, and one copy of the cache in 256 steps.
@@ -18,7 +19,7 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         """Append (B, G, T, D); returns all keys and values, (B, G, S, D)."""
         learns = key_states.requires_grad or (self.is_initialized and self.keys.requires_grad)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and learns):
+        if is_compiling() or (torch.is_grad_enabled() and learns):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             super().update(key_states[..., :0, :], value_states[..., :0, :], *args, **kwargs)

@@ -10,7 +10,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from .transformers_compat import PREPARES_INPUTS, DynamicCache
+from .torch_compat import autocast_dtype
+from .transformers_compat import PREPARES_INPUTS, DynamicCache, crop_cache
 
 # From generate's pushing to an iterator's pulling
 
@@ -93,15 +94,6 @@ def thread_state(device):
             yield
 
     return inherited
-
-
-def autocast_dtype(kind):
-    """The dtype that autocast computes in on devices of this kind, or None where it is off."""
-    if hasattr(torch, "get_autocast_dtype"):  # torch 2.4
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if kind == "cpu":
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # what the released models write for the date of their training
@@ -224,7 +216,7 @@ class ChatMixin:
                     yield handed_out(text)
         except BaseException:
             if not shown and cache is not None and cache.get_seq_length() > held:
-                cache.crop(held - cache.get_seq_length())
+                crop_cache(cache, cache.get_seq_length() - held)
             raise
         if whole != shown or not shown:
             yield handed_out(whole)

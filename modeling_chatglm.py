@@ -10,6 +10,7 @@ kernels of `quantization`, they stand here, where it reads too:
     from .quantization_cpu import linear
     from .quantization_cpu_source import source
     from .quantization_triton import linear
+    from .torch_compat import is_compiling
 """
 
 from functools import partial
@@ -124,15 +125,13 @@ def sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0
     """torch's fused attention, without copying G key/value groups out to H heads.
 
     Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask boolean, True where a query may look, or None
-        for causal. Returns: output (B, T, H, D), None.
+        for causal; scaling is torch's own, D^-0.5. Returns: output (B, T, H, D), None.
     """
     length, group_size = query.shape[2], query.shape[1] // key.shape[1]
     causal = attention_mask is None and length > 1 and is_causal is not False
     if causal:
         key, value = key[:, :, :length], value[:, :, :length]  # an empty static cache is longer than the prompt
-    attend = partial(
-        F.scaled_dot_product_attention, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, is_causal=causal
-    )
+    attend = partial(F.scaled_dot_product_attention, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal)
     if group_size == 1:
         output = attend(query, key, value)
     elif length == 1:  # one new token: a group's query heads are the rows of one small matrix
@@ -200,8 +199,10 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, x):
-        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)
-        return self.dense_4h_to_h(F.silu(gate) * up)
+        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)  # (B, T, ffn_hidden_size) each
+        if torch.is_grad_enabled():
+            return self.dense_4h_to_h(F.silu(gate) * up)
+        return self.dense_4h_to_h(F.silu(gate).mul_(up))  # in place: a long prompt's peak is here
 
 
 class ChatGLMBlock(GradientCheckpointingLayer):
@@ -220,6 +221,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         normed = self.input_layernorm(x)
         update, weights = self.self_attention(normed.to(dtype), rotary, attention_mask, **kwargs)
         x = (normed if self.residual_after_norm else x) + self.dropout(update)
+        del update  # or it stays through the MLP
         normed = self.post_attention_layernorm(x)
         x = (normed if self.residual_after_norm else x) + self.dropout(self.mlp(normed.to(dtype)))
         return x, weights  # (B, T, C), (B, H, T, S) or None

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .torch_compat import is_compiling
+
 LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the four linear layers of every block
 LIMIT = {8: 127, 4: 7}  # bits -> the largest |q|
 CHUNK = 1 << 22  # weights rounded or restored at a time: what keeps the peak at one layer
@@ -65,7 +67,7 @@ def quantize_weight(weight: Tensor, bits: int, group_size: Optional[int] = None)
         w = weight[i : i + rows].reshape(-1, columns // group, group)
         scale[i : i + rows] = w.abs().amax(dim=2) / LIMIT[bits]
         s = scale[i : i + rows, :, None]
-        q = (w / torch.where(s == 0, 1, s)).round_().clamp_(-LIMIT[bits], LIMIT[bits]).to(torch.int8).flatten(1)
+        q = (w / torch.where(s == 0, 1, s)).float().round_().clamp_(-LIMIT[bits], LIMIT[bits]).to(torch.int8).flatten(1)
         packed[i : i + rows] = q if bits == 8 else pack(q)
     if not scale.isfinite().all():
         raise ValueError("the weight holds nan or inf, which cannot be quantized: repair the checkpoint, or use skip=")
@@ -233,7 +235,7 @@ class QuantizedLinear(Frozen, nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dim() == 2 and not torch.compiler.is_compiling() and not self._comes_and_goes():
+        if self.weight.dim() == 2 and not is_compiling() and not self._comes_and_goes():
             self.lay_out()
         return op(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)
 
@@ -257,9 +259,9 @@ class QuantizedLinear(Frozen, nn.Linear):
         if weight is not self.weight:  # a new Parameter: another thread's forward may still read the old one
             self.weight = nn.Parameter(weight.detach(), requires_grad=False)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, *args, **kwargs):
         self._release()
-        return super()._apply(fn, recurse)
+        return super()._apply(*args, **kwargs)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._release()

@@ -71,7 +71,7 @@ def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
     """(the compiled kernels, "") or (None, why there are none and what would help)."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return None, f"the kernel is written for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if "CPU capability usage: AVX512" not in torch.__config__.show():
         return None, "this CPU has no AVX512-VNNI instructions"
     try:
         library = ctypes.CDLL(compiled())
@@ -209,6 +209,18 @@ def stock_unavailable(device: torch.device) -> Optional[str]:
     return None if device.type == "cpu" else "it computes on the CPU; move the model there with .cpu()"
 
 
+@functools.lru_cache(None)
+def has_integer_operators() -> bool:
+    """Whether this torch multiplies int8 on a CPU: torch 2.4 and newer, where it was built with oneDNN."""
+    rows = torch.zeros(16, 16, dtype=torch.int8)
+    try:
+        torch._weight_int8pack_mm(rows.bfloat16(), rows, rows[0].bfloat16())
+        torch._int_mm(rows, rows)
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.backends.mkldnn.is_available()
+
+
 def stock_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
     """x [N, in] -> [N, out] by torch's operators, `weight` in the released packing, a million weights at a time.
 
@@ -219,12 +231,7 @@ def stock_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional
         ".quantization", __package__
     ).dequantize_weight  # not a cycle of imports
     out, k = weight_scale.shape[0], x.shape[1]
-    integers = (
-        x.dtype != torch.float32
-        and weight_scale.dim() == 1
-        and min(x.shape) > 0
-        and torch.backends.mkldnn.is_available()
-    )
+    integers = x.dtype != torch.float32 and weight_scale.dim() == 1 and min(x.shape) > 0 and has_integer_operators()
     few = x.shape[0] <= 4 and k % 16 == 0  # elsewhere torch's matrix-vector form reads past the rows
     dtype = x.dtype
     if integers and bits == 4:  # even columns, then odd ones: a byte's two are never put side by side, which is slow

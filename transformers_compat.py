@@ -2,9 +2,6 @@
 
 Each fallback says with which release it can be deleted: once that release is the oldest one supported. A feature is
 asked for by its name or its signature; version numbers stand in sentences only.
-
-torch: the float model calls what 2.2 has; the op of int8 and int4 layers needs 2.4 (`torch.library.custom_op`) to be
-compiled, and runs uncompiled before. Only 2.13 was tested.
 """
 
 from functools import partial
@@ -16,9 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-__all__ = ["ALL_ATTENTION_FUNCTIONS", "ConversionOps", "DynamicCache", "DynamicLayer", "GenerationMixin",
-           "GradientCheckpointingLayer", "HfQuantizer", "ModelFallbacks", "PREPARES_INPUTS", "QuantizationConfigMixin",
-           "attention_name", "cache_update_kwargs", "causal_mask", "register_quantization"]  # fmt: skip
+from .torch_compat import is_compiling
 
 try:  # quantizing while loading
     from transformers.quantizers import HfQuantizer
@@ -112,14 +107,12 @@ except ImportError:  # delete with 4.53
         if name == "flex_attention":
             raise ValueError(f"attn_implementation={name!r} needs transformers 4.53: upgrade, or take 'sdpa'.")
 
-        def whole(mask):  # a graph that is compiled cannot ask
-            return not torch.compiler.is_compiling() and bool(mask.all())
-
         if attention_mask is not None:
             if attention_mask.dim() == 4:
                 return attention_mask
             attention_mask = attention_mask.to(device, torch.bool)
-            attention_mask = None if whole(attention_mask) else attention_mask
+            if not is_compiling() and attention_mask.all():  # a graph that is compiled cannot ask
+                attention_mask = None
         if "flash" in name:
             return attention_mask
         limit, S = None, T
@@ -134,7 +127,7 @@ except ImportError:  # delete with 4.53
             mask, plain = mask & real | (place == query), False  # a row that sees nothing would give nan
         elif past_key_values is None and position_ids is not None:  # packed: a sequence ends where positions jump
             sequence = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
-            if not whole(sequence == 0):
+            if is_compiling() or sequence.any():
                 mask, plain = mask & (sequence[:, None, :, None] == sequence[:, None, None, :]), False
         if name != "eager":
             return None if plain else mask.expand(B, 1, T, S)
@@ -216,6 +209,7 @@ class ModelFallbacks:
 
 DTYPE = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"  # delete with 4.56
 NAMES_ATTENTION = hasattr(transformers.PretrainedConfig(), "_attn_implementation")  # delete with 4.36
+_MASK_PARAMETERS = signature(create_causal_mask).parameters
 
 
 def as_dtype(name):
@@ -228,7 +222,12 @@ def attention_name(config):
     return getattr(config, "_attn_implementation", None) or "sdpa"
 
 
-_MASK_PARAMETERS = signature(create_causal_mask).parameters
+def crop_cache(past_key_values, tokens):
+    """Forget the last `tokens` tokens of a cache."""
+    if hasattr(past_key_values, "crop"):
+        return past_key_values.crop(-tokens)
+    for cache in (past_key_values.key_cache, past_key_values.value_cache):  # delete with 4.39
+        cache[:] = [rows[:, :, :-tokens] for rows in cache]
 
 
 def cache_update_kwargs(past_key_values, length, device, cache_position=None):

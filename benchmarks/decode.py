@@ -1,128 +1,78 @@
-"""Time a token at a growing context, beside transformers' GlmForCausalLM with the same weights.
+"""Milliseconds a token at a growing context, beside transformers' GlmForCausalLM on the same tensors.
 
-    python benchmarks/decode.py [--dtype float32] [--device cpu] [--contexts 512 2048 8192]
-
-The toy's shape scaled up: hidden 1024, 8 layers, random weights. The caches are filled with random keys and values of
-the contexts' lengths; then both models decode in turns, a token at every context in every round, so that the machine's
-drift touches all alike. One JSON line goes to benchmarks/results/.
+The caches are filled with random keys and values; then all decode in turns, a token at every context in every round.
+The limit is the time that the memory needs for the bytes a token reads: the weights, and the context's keys and values.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import sys
-import time
-from pathlib import Path
 
 import torch
-import transformers
-from transformers import DynamicCache
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import conftest  # noqa: E402, F401  (the repository as the package `chatglm2`)
-from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
-from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
-from test_against_glm import glm_twin  # noqa: E402
-
-SHAPE = {
-    "num_layers": 8,
-    "hidden_size": 1024,
-    "ffn_hidden_size": 2560,
-    "num_attention_heads": 32,
-    "kv_channels": 32,
-    "multi_query_group_num": 2,
-    "padded_vocab_size": 1664,
-    "seq_length": 16384,
-}
+from common import (
+    cache_bytes,
+    contenders,
+    filled_cache,
+    in_turns,
+    machine,
+    milliseconds,
+    random_model,
+    ratio,
+    record,
+    weight_bytes,
+)
+from transformers import StaticCache
 
 
-def filled_cache(model, context, seed=0):
-    """A cache of `context` random tokens, in the form that the model itself would have made."""
-    config, cache = model.config, DynamicCache()
-    if hasattr(config, "kv_channels"):
-        from chatglm2.cache_chatglm import give_room
-
-        give_room(cache)
-    generator = torch.Generator().manual_seed(seed)
-    size = (1, config.num_key_value_heads, context, config.head_dim)
-    for layer in range(config.num_hidden_layers):
-        key, value = (torch.randn(size, generator=generator).to(model.device, model.dtype) for _ in range(2))
-        cache.update(key, value, layer)
-    return cache
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@torch.no_grad()
-def step_times(models, contexts, tokens, warmup=3):
-    """Milliseconds of each step: {(context, number of the model): a list over the rounds}."""
-    device = models[0].device
-    token = torch.tensor([[5]], device=device)
-    caches = {(context, i): filled_cache(model, context) for context in contexts for i, model in enumerate(models)}
-    times = {key: [] for key in caches}
-    for _ in range(tokens + warmup):
-        for (context, i), cache in caches.items():
-            synchronize(device)
-            start = time.perf_counter()
-            models[i](input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            synchronize(device)
-            times[context, i].append(1000 * (time.perf_counter() - start))
-    return {key: record[warmup:] for key, record in times.items()}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser):
+    parser.add_argument("--shape", default="small", choices=["small", "6b"])
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192])
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
+    parser.add_argument("--compiled", action="store_true", help="static caches and torch.compile, for both")
 
-    torch.manual_seed(0)
-    ours = ChatGLMForConditionalGeneration(ChatGLMConfig(**SHAPE)).eval()
-    glm = glm_twin(ours)
-    glm.set_attn_implementation("sdpa")
-    models = [model.to(args.device, getattr(torch, args.dtype)) for model in (ours, glm)]
 
-    times, rows = step_times(models, args.contexts, args.tokens), []
+def step(model, cache, compiled=None):
+    """Work that decodes one more token."""
+    token = torch.tensor([[5]], device=model.device)
+
+    @torch.no_grad()
+    def work():
+        (compiled or model)(input_ids=token, past_key_values=cache, use_cache=True)
+
+    return work
+
+
+def run(args):
+    dtype = getattr(torch, args.dtype)
+    model = random_model(args.shape, dtype, args.device, args.layers)
+    limits = machine(dtype, args.device)
+    works = {}
+    for name, contender in contenders(model, ("ours", "glm")).items():
+        compiled = None
+        if args.compiled:
+            mode = "reduce-overhead" if torch.device(args.device).type == "cuda" else None
+            compiled = torch.compile(contender, fullgraph=True, mode=mode)
+        for context in args.contexts:
+            cache = None
+            if args.compiled:
+                cache = StaticCache(config=contender.config, max_cache_len=context + args.rounds + 8)
+            works[context, name] = step(contender, filled_cache(contender, context, cache=cache), compiled)
+    times = in_turns(works, args.rounds, args.device, warmup=3)
+    rows = []
     for context in args.contexts:
-        ours_ms, glm_ms = (statistics.median(times[context, i]) for i in (0, 1))
-        ratio = statistics.median(theirs / ours for ours, theirs in zip(times[context, 0], times[context, 1]))
+        ours, glm = times[context, "ours"], times[context, "glm"]
+        limit = (weight_bytes(model) + cache_bytes(model, context)) / limits["memory_gb_per_second"] / 1e6
         rows.append(
-            {"context": context, "ours_ms": round(ours_ms, 2), "glm_ms": round(glm_ms, 2), "ratio": round(ratio, 2)}
+            {
+                "context": context,
+                "ours_ms": milliseconds(ours),
+                "glm_ms": milliseconds(glm),
+                "ratio": ratio({"ours": ours, "glm": glm}),
+                "limit_ms": round(limit, 2),
+            }
         )
-        print(f"context {context:6d}: {ours_ms:7.2f} ms a token, GlmForCausalLM {glm_ms:7.2f}, {ratio:.2f} times that")
-    first, last = times[args.contexts[0], 0], times[args.contexts[-1], 0]
-    growth = statistics.median(b / a for a, b in zip(first, last))
-    print(f"a token at {rows[-1]['context']} costs {growth:.2f} times one at {rows[0]['context']}")
-    result = {
-        "benchmark": "decode",
-        "shape": SHAPE,
-        "dtype": args.dtype,
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rows": rows,
-        "growth": round(growth, 3),
-    }
-    with open(Path(__file__).parent / "results" / "decode.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(result) + "\n")
-
-
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-if __name__ == "__main__":
-    main()
+    first, last = times[args.contexts[0], "ours"], times[args.contexts[-1], "ours"]
+    growth = round(statistics.median(b / a for a, b in zip(first, last)), 2)
+    record("decode", args, limits, growth=growth, rows=rows)

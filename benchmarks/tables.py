@@ -140,7 +140,11 @@ def picture():
     figure.savefig(RESULTS / "decode.svg", metadata={"Date": None})
 
 
-def main():
+def arguments(parser):
+    """There are none."""
+
+
+def run(args):
     makers = {"decode": decode_table, "quantized": quantized_table, "loading": loading_table, "matrix": matrix_table}
     for name, words in WORDS.items():
         path = ROOT / name
@@ -152,7 +156,3 @@ def main():
             text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: body, text, flags=re.DOTALL)  # noqa: B023
         path.write_text(text, encoding="utf-8")
     picture()
-
-
-if __name__ == "__main__":
-    main()

@@ -161,13 +161,13 @@ def test_streams_keep_the_callers_autocast(make_model):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_autocast_is_read_on_older_torch_too(monkeypatch):
     """Before 2.4 torch had a function a device for this: the same answers."""
-    from chatglm2.generation_chatglm import autocast_dtype
+    from chatglm2.torch_compat import autocast_dtype
 
     answers = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             with monkeypatch.context() as older:
-                older.delattr(torch, "get_autocast_dtype")
+                older.delattr(torch, "get_autocast_dtype", raising=False)
                 answers.append(autocast_dtype("cpu"))
             assert autocast_dtype("cpu") == answers[-1]
     assert answers == [None, torch.bfloat16]
@@ -248,7 +248,6 @@ def test_an_empty_cache_is_filled_with_the_whole_prompt(chatty, tokenizer):
     assert same is cache and text == chatty.chat(tokenizer, "再见", history, **GREEDY)[0]
 
 
-@pytest.mark.needs_transformers("4.42", "caches that can be cropped")
 def test_a_round_broken_off_before_its_first_text_leaves_the_cache(chatty, tokenizer):
     """Ctrl-C within the prompt's pass: cache and history still tell of the same rounds."""
     *_, (_, history, cache) = chatty.stream_chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)

@@ -1,0 +1,45 @@
+"""Time the package, beside what a user would take instead.
+
+    python benchmarks decode        milliseconds a token at a growing context
+    python benchmarks prefill       time to the first token against the prompt's length
+    python benchmarks throughput    tokens a second of left-padded batches
+    python benchmarks memory        peak memory of a prompt, and of a training step
+    python benchmarks overhead      what of a 6.2B decode step is neither matrix product nor attention
+    python benchmarks quantized     int4, int8 and half precision at the 6.2B shapes, beside llama.cpp
+    python benchmarks loading       peak memory of quantizing a 12.5 GB checkpoint while it loads
+    python benchmarks quality       what int8, int4 and int4 in groups do to the toy's answers
+    python benchmarks tables        write the READMEs' tables and the pictures from results/
+
+Each takes --help. A run prints one JSON line and adds it to results/: the settings, the hardware, the versions, the
+memory bandwidth and the rate of matrix products that the machine had just then. Contenders take turns within every
+round, and a ratio is the median over the rounds; absolute figures drift from run to run.
+"""
+
+import argparse
+import importlib
+import sys
+
+NAMES = ("decode", "prefill", "throughput", "memory", "overhead", "quantized", "loading", "quality", "tables")
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        print(__doc__)
+        raise SystemExit(0 if "--help" in sys.argv[1:2] else 2)
+    module = importlib.import_module(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        prog=f"benchmarks {sys.argv[1]}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.arguments(parser)
+    args = parser.parse_args(sys.argv[2:])
+    if getattr(args, "threads", None):
+        import torch
+
+        torch.set_num_threads(args.threads)
+    module.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What the benchmarks share: the package, random models, turns, the limits of the machine, one JSON line a run."""
+
+import ctypes
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "tests"))
+import conftest  # noqa: E402, F401  (makes the repository importable as `chatglm2`)
+from chatglm2 import quantization  # noqa: E402, F401
+from chatglm2.cache_chatglm import give_room  # noqa: E402
+from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
+from test_against_glm import glm_config, glm_state_dict  # noqa: E402
+from transformers import DynamicCache, GlmForCausalLM  # noqa: E402
+
+SHAPES = {  # "small" is the toy's shape scaled up; "6b" is the released one
+    "small": {
+        "num_layers": 8,
+        "hidden_size": 1024,
+        "ffn_hidden_size": 2560,
+        "num_attention_heads": 32,
+        "kv_channels": 32,
+        "multi_query_group_num": 2,
+        "padded_vocab_size": 1664,
+    },
+    "6b": {},
+}
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def random_model(shape="small", dtype=torch.float32, device="cpu", layers=None, **settings):
+    """The network in `shape`, its values repeated from one block of random numbers: 12.5 GB are there in seconds.
+
+    With quantization_bit among the settings, int8 or int4 layers hold random integers.
+    """
+    config = ChatGLMConfig(**{**SHAPES[shape], "seq_length": 1 << 17, **settings})
+    config.num_layers = config.num_hidden_layers = layers or config.num_layers
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration(config).to(dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator().manual_seed(0)
+    floats = (torch.randn(1 << 20, generator=generator) * 0.02).to(device)
+    integers = torch.randint(-128, 128, (1 << 20,), dtype=torch.int8, generator=generator).to(device)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        flat = tensor.data.view(-1)
+        if name.endswith("weight_scale"):
+            flat.fill_(0.06 / (127 if config.quantization_bit == 8 else 7))
+        elif "norm" in name:
+            flat.fill_(1)
+        else:
+            source = (integers if tensor.dtype == torch.int8 else floats).to(tensor.dtype)
+            for i in range(0, flat.numel(), len(source)):
+                part = flat[i : i + len(source)]
+                part.copy_(source[: len(part)])
+    return model.eval()
+
+
+def glm_of(model):
+    """transformers' own GlmForCausalLM on the very tensors of `model`: nothing is copied."""
+    config = glm_config(model.config)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        glm = GlmForCausalLM(config)
+    glm.load_state_dict(glm_state_dict(model), assign=True)
+    glm.model.rotary_emb = type(glm.model.rotary_emb)(config).to(model.device)
+    return glm.eval()
+
+
+def contenders(model, names):
+    """{name: model}: "ours" and "glm"."""
+    return {name: model if name == "ours" else glm_of(model) for name in names}
+
+
+def filled_cache(model, context, batch=1, cache=None):
+    """A cache of `context` random tokens, by default in the form that the model itself would have made."""
+    if cache is None:
+        cache = DynamicCache()
+        if isinstance(model, ChatGLMForConditionalGeneration):
+            give_room(cache)
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    size = (batch, config.num_key_value_heads, context, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        key, value = (torch.randn(size, generator=generator).to(model.device, model.dtype) for _ in range(2))
+        cache.update(key, value, layer)
+    return cache
+
+
+def weight_bytes(model):
+    """Bytes of weights that one token reads: all but the embedding."""
+    embedding = {id(p) for p in model.get_input_embeddings().parameters()}
+    return sum(p.nbytes for p in model.parameters() if id(p) not in embedding)
+
+
+def cache_bytes(model, tokens):
+    """Bytes of the keys and values of so many tokens."""
+    config = model.config
+    return 2 * config.num_layers * config.num_key_value_heads * config.kv_channels * tokens * model.dtype.itemsize
+
+
+# ---- time and memory ------------------------------------------------------------------------------------------------
+
+
+def synchronize(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work, device="cpu"):
+    synchronize(device)
+    begin = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def take_turns(timers, rounds, warmup=1):
+    """{name: seconds of each round}: all take their turn in every round, so that a drift of the machine touches all."""
+    times = {name: [] for name in timers}
+    for _ in range(rounds + warmup):
+        for name, timer in timers.items():
+            times[name].append(timer())
+    return {name: record[warmup:] for name, record in times.items()}
+
+
+def in_turns(works, rounds, device="cpu", warmup=1):
+    """`take_turns` with works that are timed from beginning to end."""
+    return take_turns({name: partial(seconds, work, device) for name, work in works.items()}, rounds, warmup)
+
+
+def ratio(times, base="ours", other="glm"):
+    """The median over the rounds of other / base: how many times as fast `base` is."""
+    return round(statistics.median(b / a for a, b in zip(times[base], times[other])), 2)
+
+
+def milliseconds(record):
+    return round(1000 * statistics.median(record), 2)
+
+
+def peak_bytes(work, device="cpu"):
+    """How far memory rises while `work` runs, in bytes: allocated on the GPU, or resident in the process on a CPU."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    c = ctypes.CDLL(None)
+    c.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: a tensor of 1 MiB has pages of its own, which go when it goes
+    c.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident_bytes("VmRSS")
+    work()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(key):
+    """The process's resident memory now (VmRSS) or at its peak (VmHWM); Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {key}")
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+
+def large_pages(size):
+    """`size` bytes; on a CPU, on 2 MiB pages where the system has them."""
+    from chatglm2.quantization_cpu import _on_large_pages
+
+    return _on_large_pages(size)
+
+
+def memory_bandwidth(device="cpu"):
+    """Bytes a second: read from 1 GiB by all threads of a CPU, or read and written by a copy on a GPU."""
+    if torch.device(device).type == "cuda":
+        block = torch.empty(1 << 30, dtype=torch.int8, device=device)
+        target = torch.empty_like(block)
+        return 2 * block.nbytes / min(seconds(lambda: target.copy_(block), device) for _ in range(9))
+    block = large_pages(1 << 30).view(torch.int64).fill_(1)
+    return block.nbytes / min(seconds(block.sum) for _ in range(5))
+
+
+def matmul_rate(dtype, device="cpu"):
+    """Operations a second of a square matrix product: side 2,048 on a CPU, 8,192 on a GPU."""
+    side = 8192 if torch.device(device).type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min(seconds(lambda: a @ b.t(), device) for _ in range(5))
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def machine(dtype, device="cpu"):
+    """The hardware, the versions, and what the machine can do at this moment."""
+    gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else processor(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "memory_gb_per_second": round(memory_bandwidth(device) / 1e9, 1),
+        "matmul_gflop_per_second": round(matmul_rate(dtype, device) / 1e9),
+    }
+
+
+def record(benchmark, args, machine, **result):
+    """Print the run as one JSON line, and add it to results/BENCHMARK.jsonl."""
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("run", "benchmark") and value is not None
+    }
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    line = json.dumps({"benchmark": benchmark, "date": date, "settings": settings, "machine": machine, **result})
+    print(line)
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{benchmark}.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")

@@ -1,0 +1,55 @@
+"""What of a decode step at the 6.2B shapes is neither matrix product nor attention.
+
+The matrix products and the attention of one step are timed alone, with a step's inputs, in turns with the whole step;
+the rest of the step is overhead: norms, rotations, the activation, the cache, Python.
+"""
+
+import statistics
+
+import torch
+from common import filled_cache, in_turns, machine, milliseconds, random_model, record
+from decode import step
+from torch import nn
+
+
+def arguments(parser):
+    parser.add_argument("--bits", type=int, default=16, choices=[4, 8, 16])
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--context", type=int, default=512)
+
+
+def bare_work(model, cache):
+    """The step's matrix products and its attention, and nothing else."""
+    from chatglm2.modeling_chatglm import sdpa_attention
+
+    config, device = model.config, model.device
+    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    inputs = {
+        layer.in_features: torch.randn(1, 1, layer.in_features, device=device).to(model.dtype) for layer in linears
+    }
+    query = torch.randn(1, config.num_attention_heads, 1, config.kv_channels, device=device).to(model.dtype)
+
+    @torch.no_grad()
+    def work():
+        for layer in linears:
+            layer(inputs[layer.in_features])
+        for held in cache.layers:
+            sdpa_attention(None, query, held.keys, held.values, None, scaling=None)
+
+    return work
+
+
+def run(args):
+    dtype = getattr(torch, args.dtype)
+    model = random_model("6b", dtype, args.device, args.layers, quantization_bit=args.bits if args.bits < 16 else 0)
+    limits = machine(dtype, args.device)
+    cache = filled_cache(model, args.context)
+    works = {"step": step(model, cache), "bare": bare_work(model, cache)}
+    times = in_turns(works, args.rounds, args.device, warmup=2)
+    share = statistics.median(1 - bare / whole for bare, whole in zip(times["bare"], times["step"]))
+    result = {"step_ms": milliseconds(times["step"]), "bare_ms": milliseconds(times["bare"])}
+    record("overhead", args, limits, **result, overhead=round(share, 3))

@@ -1,0 +1,60 @@
+"""What quantizing does to the toy checkpoint's answers: cross entropy, divergence, and answers that stay as they are.
+
+Cross entropy and KL divergence (of float32's next-token distribution from the quantized model's), both in nats a
+token, over the answers of all dialogues; `answers` counts rounds whose greedy answer is the data's.
+"""
+
+import importlib.util
+
+import torch
+from common import ROOT, machine, record
+from torch.nn.functional import kl_div
+
+TINY = ROOT / "examples" / "tiny"
+SCHEMES = {"float32": (0, None), "int8": (8, None), "int4": (4, None), "int4, groups of 128": (4, 128),
+           "int4, groups of 32": (4, 32)}  # fmt: skip
+
+
+def arguments(parser):
+    parser.add_argument("--threads", type=int)
+
+
+@torch.inference_mode()
+def log_probabilities(model, rows):
+    """Of every answer token of every dialogue: [N, V], and the tokens, int [N]."""
+    scores, targets = [], []
+    for ids, labels in rows:
+        logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        target = torch.tensor(labels[1:])
+        scores.append(logits[target != -100])
+        targets.append(target[target != -100])
+    return torch.cat(scores), torch.cat(targets)
+
+
+def run(args):
+    from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+    from chatglm2.tokenization_chatglm import ChatGLMTokenizer
+
+    spec = importlib.util.spec_from_file_location("train_tiny", TINY / "train.py")
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    tokenizer, dialogues = ChatGLMTokenizer.from_pretrained(TINY), train.read_dialogues()
+    examples = [(row["input_ids"], row["labels"]) for row in train.examples(dialogues, tokenizer)]
+    rows, want = [], None
+    for name, (bits, group_size) in SCHEMES.items():
+        model = ChatGLMForConditionalGeneration.from_pretrained(TINY).float().eval()
+        model.quantize(bits, **({"group_size": group_size} if group_size else {}))
+        got, targets = log_probabilities(model, examples)
+        want = got if want is None else want
+        entropy = -got.gather(1, targets[:, None]).mean().item()
+        divergence = kl_div(got, want, log_target=True, reduction="batchmean").item()
+        wrong = len(train.wrong_answers(model, tokenizer, dialogues))
+        rows.append(
+            {
+                "weights": name,
+                "cross_entropy": round(entropy, 5),
+                "divergence": round(divergence, 5),
+                "answers": sum(map(len, dialogues)) - wrong,
+            }
+        )
+    record("quality", args, machine(torch.float32), rows=rows)

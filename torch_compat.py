@@ -1,0 +1,25 @@
+"""The only file that knows torch's versions: what the package asks of it, from 2.0 on.
+
+2.0 has all that the float model computes with. Compiling (`torch.compile` with a static cache) was tested on 2.13 only;
+the op of int8 and int4 layers is seen by the compiler from 2.4 on (`torch.library.custom_op`), and runs outside of
+compiled graphs before.
+"""
+
+import torch
+
+if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
+    is_compiling = torch.compiler.is_compiling
+else:  # delete with torch 2.2
+
+    def is_compiling():
+        """Whether this call is being traced by torch.compile: taken for False, which breaks a graph, never a result."""
+        return False
+
+
+def autocast_dtype(kind):
+    """The dtype that autocast computes in on devices of this kind ("cpu", "cuda"), or None where it is off."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if kind == "cpu":  # delete with torch 2.4
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
