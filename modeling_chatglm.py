@@ -182,7 +182,8 @@ class SelfAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # (B, G, S, D)
 
         name = attention_name(self.config)
-        attend = OWN_ATTENTION.get(name) or ALL_ATTENTION_FUNCTIONS[name]
+        paged = kwargs.get("cache") is not None  # continuous batching: transformers' attention brings it up to date
+        attend = (None if paged else OWN_ATTENTION.get(name)) or ALL_ATTENTION_FUNCTIONS[name]
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs

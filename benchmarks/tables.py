@@ -1,6 +1,7 @@
-"""Write the READMEs' tables, and the pictures, from the newest lines of benchmarks/results/*.jsonl.
+"""Write the tables of README.md, README_zh.md and benchmarks/README.md, and the pictures, from results/*.jsonl.
 
-python benchmarks/tables.py       (the pictures need matplotlib; running it again changes nothing)
+A table stands between two comments, `<!-- NAME: made by ... -->` and `<!-- end of NAME -->`, and shows the newest run
+of each kind. Running it again changes nothing. The pictures need matplotlib.
 """
 
 import json
@@ -9,135 +10,226 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-WORDS = {
-    "README.md": {
-        "context": "context",
-        "ours": "ms a token",
-        "glm": "GlmForCausalLM, ms a token",
-        "ratio": "times ours",
-        "peak_gb": "peak of resident memory while loading, GB",
-        "peak_with_a_forward_gb": "and with a forward pass, GB",
-        "model_gb": "the model, GB",
-        "threads": "threads",
-        "weights": "weights",
-        "backend": "computed by",
-        "auto": "the C kernel",
-        "stock": "torch's own operators",
-        "llama": "times llama.cpp",
-        "original": "dequantize, then matmul",
-        "share": "Linear layers with one token read at {share:.0%} of the memory bandwidth measured beside it.",
-    },
-    "README_zh.md": {
-        "context": "上下文",
-        "ours": "每 token 毫秒",
-        "glm": "GlmForCausalLM，每 token 毫秒",
-        "ratio": "是本项目的几倍",
-        "peak_gb": "加载时常驻内存峰值，GB",
-        "peak_with_a_forward_gb": "再做一次前向，GB",
-        "model_gb": "模型大小，GB",
-        "threads": "线程",
-        "weights": "权重",
-        "backend": "由谁计算",
-        "auto": "C 内核",
-        "stock": "torch 自带算子",
-        "llama": "是 llama.cpp 的几倍",
-        "original": "先反量化再相乘",
-        "share": "单 token 时线性层的读取速度是同时测得内存带宽的 {share:.0%}。",
-    },
+CHINESE = {
+    "context": "上下文",
+    "prompt": "提示长度",
+    "batch": "批大小",
+    "ms a token": "每 token 毫秒",
+    "GlmForCausalLM": "GlmForCausalLM",
+    "GlmForCausalLM / ours": "GlmForCausalLM / 本项目",
+    "limit, ms": "极限，毫秒",
+    "ours, ms": "本项目，毫秒",
+    "peak while loading, GB": "加载时峰值，GB",
+    "and with a forward pass, GB": "再做一次前向，GB",
+    "the model, GB": "模型大小，GB",
+    "weights": "权重",
+    "computed by": "由谁计算",
+    "decode": "解码",
+    "prefill 32": "预填充 32",
+    "prefill 512": "预填充 512",
+    "the C kernel": "C 内核",
+    "torch's own operators": "torch 自带算子",
+    "dequantize, then multiply": "先反量化再相乘",
+    "with int8 embedding and output layer": "词嵌入与输出层为 int8",
+    "tokens/s; x: as fast as llama.cpp": "tokens/s；x：是 llama.cpp 的几倍",
+    "threads": "线程",
 }
 
 
-def newest(name, key=lambda record: None):
-    """The last record of results/NAME.jsonl for each value of `key`."""
-    path = RESULTS / f"{name}.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    return {key(record): record for record in records}
+def newest(benchmark, *settings):
+    """The last run of results/BENCHMARK.jsonl for each combination of these settings, in the order of their values."""
+    path = RESULTS / f"{benchmark}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    runs = {}
+    for record in map(json.loads, lines):
+        runs[tuple(str(record["settings"].get(key)) for key in settings)] = record
+    return [runs[key] for key in sorted(runs, reverse=True)]
 
 
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def machine(record, words):
-    device, threads = record.get("device") or record["cpu"], f"{record['threads']} {words['threads']}"
-    return f"{device}, {threads}, torch {record['torch']}, transformers {record['transformers']}."
-
-
-def decode_table(words):
-    """Time a token against the context."""
-    records = newest("decode", lambda record: record["dtype"])
-    rows = [
-        [dtype, row["context"], row["ours_ms"], row["glm_ms"], row["ratio"]]
-        for dtype, record in sorted(records.items(), reverse=True)
-        for row in record["rows"]
-    ]
-    if not rows:
-        return ""
-    header = ["dtype", *(words[key] for key in ("context", "ours", "glm", "ratio"))]
-    return f"{table(header, rows)}\n\n{machine(next(iter(records.values())), words)} `benchmarks/decode.py`"
-
-
-def quantized_table(words):
-    """Tokens a second at the 6.2B shapes."""
-    record = newest("quantized").get(None)
-    if record is None:
-        return ""
-    tasks = ["decode", "prefill 32", "prefill 512"]
-    rows, notes = [], []
-    for run in record["runs"]:
-        name = f"int{run['bits']}" if run["bits"] < 16 else "bfloat16"
-        backend = words[run["backend"]] if run["bits"] < 16 else "F.linear"
-        cells = []
-        for task in tasks:
-            speeds = run["tokens_per_second"][task]
-            cells.append(f"{speeds['ours']:g}" + (f" ({speeds['ratio']:g}x)" if "ratio" in speeds else ""))
-        rows.append([name, backend, *cells])
-        if "share_of_memory_bandwidth" in run:
-            notes.append(f"{name}: {words['share'].format(share=run['share_of_memory_bandwidth'])}")
-        original = [run["tokens_per_second"][task].get("dequantize, then matmul") for task in tasks]
-        if all(original):
-            rows.append([name, words["original"], *(f"{speed:g}" for speed in original)])
-    caption = f"tokens/s (x: {words['llama']}). {machine(record, words)} `benchmarks/quantized.py`"
-    return "\n\n".join([table([words["weights"], words["backend"], *tasks], rows), *notes, caption])
-
-
-def loading_table(words):
-    """Peak memory of quantizing a float16 checkpoint of the 6.2B shapes while it loads."""
-    records = newest("loading", lambda record: record["bits"])
+def table(header, rows, records, benchmark, say):
+    """Markdown, with the machines that the figures are from below it; nothing where there are no figures."""
     if not records:
         return ""
+    lines = [[say(cell) for cell in header], ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    machines = {}
+    for record in records:
+        m = record["machine"]
+        where = f"{m['device']}, {m['threads']} {say('threads')}, torch {m['torch']}, transformers {m['transformers']}"
+        machines.setdefault(where, []).append(f"{m['memory_gb_per_second']:g}")
+    notes = [f"{where}, {', '.join(sorted(set(speeds)))} GB/s" for where, speeds in machines.items()]
+    return f"{text}\n\n{'; '.join(notes)}. `python benchmarks {benchmark}`"
+
+
+def kind(record):
+    """Shape, dtype and how it ran."""
+    settings = record["settings"]
+    words = [settings.get("shape", "6b"), settings["dtype"]]
+    words += [f"{settings['layers']} layers"] if settings.get("layers") else []
+    return ", ".join(words + (["compiled"] if settings.get("compiled") else []))
+
+
+def decode(say):
+    records = newest("decode", "shape", "compiled", "dtype")
+    rows = [
+        [kind(r), x["context"], x["ours_ms"], x["glm_ms"], x["ratio"], x["limit_ms"]]
+        for r in records
+        for x in r["rows"]
+    ]
+    header = ["", "context", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "limit, ms"]
+    return table(header, rows, records, "decode", say)
+
+
+def prefill(say):
+    records = newest("prefill", "shape", "dtype")
+    rows = [
+        [kind(r), x["length"], x["ours_ms"], x["glm_ms"], x["ratio"], f"{x['share']:.0%}"]
+        for r in records
+        for x in r["rows"]
+    ]
+    header = ["", "prompt", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "of the matmul rate"]
+    return table(header, rows, records, "prefill", say)
+
+
+def throughput(say):
+    records = newest("throughput", "shape", "dtype")
+    rows = [[kind(r), x["batch"], x["ours"], x["glm"], x["ratio"]] for r in records for x in r["rows"]]
+    header = ["", "batch", "ours, tokens/s", "GlmForCausalLM", "times as fast"]
+    return table(header, rows, records, "throughput", say)
+
+
+def memory(say):
+    records = newest("memory", "shape", "dtype")
+    columns = ["length", "ours_mb", "chunked_mb", "glm_mb", "cache_mb"]
+    rows = [[kind(record), *(row[key] for key in columns)] for record in records for row in record["rows"]]
+    header = ["", "prompt", "ours, MB", "ours in chunks, MB", "GlmForCausalLM, MB", "of it the cache, MB"]
+    return table(header, rows, records, "memory", say)
+
+
+def training(say):
+    records = [record for record in newest("memory", "shape", "dtype") if record["training"]][:1]
+    columns = ["ours_mb", "ours_checkpointing_mb", "glm_mb", "glm_checkpointing_mb"]
+    rows = [[r["settings"]["training_length"], *(r["training"][key] for key in columns)] for r in records]
+    header = ["tokens", "ours, MB", "with checkpointing", "GlmForCausalLM, MB", "with checkpointing"]
+    return table(header, rows, records, "memory", say)
+
+
+def overhead(say):
+    records = newest("overhead", "bits")
+    rows = [
+        [weights(r["settings"]), r["settings"]["layers"], r["step_ms"], r["bare_ms"], f"{r['overhead']:.1%}"]
+        for r in records
+    ]
+    header = ["weights", "layers", "a step, ms", "its matrix products and attention, ms", "overhead"]
+    return table(header, rows, records, "overhead", say)
+
+
+def weights(run, dtype=None):
+    """int4, int8, or the dtype."""
+    return f"int{run['bits']}" if run["bits"] < 16 else dtype or run["dtype"]
+
+
+def quantized(say):
+    records = newest("quantized", "small_head", "bits", "dtype", "backends")[::-1]
+    tasks, rows = ["decode", "prefill 32", "prefill 512"], []
+    for record in records:
+        for run in record["runs"]:
+            name = weights(run, record["settings"]["dtype"])
+            if record["settings"]["small_head"]:
+                name += ", " + say("with int8 embedding and output layer")
+            by = {"auto": "the C kernel", "stock": "torch's own operators"}[run["backend"]]
+            cells, original = [], []
+            for task in tasks:
+                speed = run["tokens_per_second"][task]
+                times = speed["ratios"].get("llama.cpp")
+                cells.append(f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else ""))
+                original += [f"{speed['dequantize']:.2g}"] if "dequantize" in speed else []
+            rows.append([name, say(by) if run["bits"] < 16 else "F.linear", *cells])
+            if original:
+                rows.append([name, say("dequantize, then multiply"), *original])
+    made = table(["weights", "computed by", *tasks], rows, records, "quantized", say)
+    return made and f"{made} ({say('tokens/s; x: as fast as llama.cpp')})"
+
+
+def errors(say):
+    rows, records = [], newest("quantized", "bits", "backends")
+    seen = {}
+    for record in records:
+        for run in record["runs"]:
+            if "error" in run:
+                seen[run["bits"], run["backend"]] = [*run["error"].values(), f"{run['share_of_memory_bandwidth']:.0%}"]
+                header = ["weights", "backend", *run["error"], "of the memory bandwidth"]
+    rows = [[f"int{bits}", backend, *cells] for (bits, backend), cells in sorted(seen.items())]
+    return table(header, rows, records[:1], "quantized", say) if rows else ""
+
+
+def loading(say):
+    records = newest("loading")
     columns = ["peak_gb", "peak_with_a_forward_gb", "model_gb"]
-    rows = [[f"int{bits}", *(record[key] for key in columns)] for bits, record in sorted(records.items())]
-    record = next(iter(records.values()))
-    caption = f"torch {record['torch']}, transformers {record['transformers']}. `benchmarks/loading.py`"
-    return f"{table([words['weights'], *(words[key] for key in columns)], rows)}\n\n{caption}"
+    rows = [
+        [f"int{row['bits']}" if row["bits"] else "float16", *(row[key] for key in columns)]
+        for record in records
+        for row in record["rows"]
+    ]
+    header = ["weights", "peak while loading, GB", "and with a forward pass, GB", "the model, GB"]
+    return table(header, rows, records, "loading", say)
 
 
-def matrix_table(words):
+def quality(say):
+    records = newest("quality")
+    columns = ["weights", "cross_entropy", "divergence", "answers"]
+    rows = [[row[key] for key in columns] for record in records for row in record["rows"]]
+    return table(["weights", "cross entropy", "divergence", "answers"], rows, records, "quality", say)
+
+
+def matrix(say):
     path = ROOT / "tests" / "matrix.md"
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
-def picture():
-    """Time a token against the context, as an image beside the results."""
-    records = newest("decode", lambda record: record["dtype"])
-    if not records:
-        return
+MAKERS = (decode, prefill, throughput, memory, training, overhead, quantized, errors, loading, quality, matrix)
+PICTURES = {  # benchmark -> the rows' x and its name, {line: name}, the name of y
+    "decode": ("context", "context, tokens", {"ours_ms": "ours", "glm_ms": "GlmForCausalLM"}, "tokens a second"),
+    "prefill": ("length", "prompt, tokens", {"ours_ms": "ours", "glm_ms": "GlmForCausalLM"}, "ms to the first token"),
+    "memory": (
+        "length",
+        "prompt, tokens",
+        {"ours_mb": "ours", "chunked_mb": "ours, in chunks", "glm_mb": "GlmForCausalLM"},
+        "MB above the model, at the peak",
+    ),
+}
+
+
+def pictures():
+    """results/decode.svg, prefill.svg, memory.svg: the newest runs of the small shape."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "chatglm2"  # the same picture has the same bytes
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for dtype, record in sorted(records.items()):
-        contexts = [row["context"] for row in record["rows"]]
-        for key, name, style in (("ours_ms", "this package", "-o"), ("glm_ms", "GlmForCausalLM", "--s")):
-            axes.plot(contexts, [row[key] for row in record["rows"]], style, label=f"{name}, {dtype}")
-    axes.set(xlabel="context, tokens", ylabel="ms a token", xscale="log", ylim=(0, None))
-    axes.legend(fontsize="small")
-    figure.savefig(RESULTS / "decode.svg", metadata={"Date": None})
+    for benchmark, (x, x_name, lines, y_name) in PICTURES.items():
+        records = [r for r in newest(benchmark, "shape", "compiled", "dtype") if not r["settings"].get("compiled")]
+        records = [r for r in records if r["settings"]["shape"] == "small"]
+        if not records:
+            continue
+        figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        for color, record in enumerate(records):
+            places = [row[x] for row in record["rows"]]
+            for key, style in zip(lines, ("-o", "--s", ":^")):
+                values = [1000 / row[key] if benchmark == "decode" else row[key] for row in record["rows"]]
+                name = f"{lines[key]}, {record['settings']['dtype']}"
+                axes.plot(places, values, style, color=f"C{color}", label=name, markersize=4)
+        axes.set(xlabel=x_name, ylabel=y_name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{place:,}" for place in places])
+        if benchmark == "decode":
+            axes.set_ylim(0, None)
+        else:
+            axes.set_yscale("log")
+        axes.legend(fontsize="small")
+        figure.savefig(RESULTS / f"{benchmark}.svg", metadata={"Date": None})
+        plt.close(figure)
 
 
 def arguments(parser):
@@ -145,14 +237,14 @@ def arguments(parser):
 
 
 def run(args):
-    makers = {"decode": decode_table, "quantized": quantized_table, "loading": loading_table, "matrix": matrix_table}
-    for name, words in WORDS.items():
-        path = ROOT / name
+    for name in ("README.md", "README_zh.md", "benchmarks/README.md"):
+        path, words = ROOT / name, CHINESE if name.endswith("_zh.md") else {}
         text = path.read_text(encoding="utf-8")
-        for key, make in makers.items():
-            begin, end = f"<!-- {key}: made by benchmarks/tables.py -->", f"<!-- end of {key} -->"
-            made = make(words)
+        for make in MAKERS:
+            key = make.__name__
+            begin, end = f"<!-- {key}: made by `python benchmarks tables` -->", f"<!-- end of {key} -->"
+            made = make(lambda word: words.get(word, word))  # noqa: B023
             body = f"{begin}\n{made}\n{end}" if made else f"{begin}\n{end}"
             text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: body, text, flags=re.DOTALL)  # noqa: B023
         path.write_text(text, encoding="utf-8")
-    picture()
+    pictures()

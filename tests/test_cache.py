@@ -27,6 +27,23 @@ def feed(caches, length, seed, batch=2):
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
 
 
+@pytest.mark.needs_transformers("5.0", "a quantized cache with this signature")
+def test_transformers_quantized_cache(tiny_model, tokenizer):
+    """`cache_implementation="quantized"` rounds all but the newest keys and values to 4 bits: the answer stays."""
+    pytest.importorskip("optimum.quanto")
+    settings = {"do_sample": False, "cache_implementation": "quantized"}
+    settings["cache_config"] = {"backend": "quanto", "nbits": 4, "residual_length": 8, "q_group_size": 32}
+    query = "你好"
+    output = tiny_model.generate(
+        **tokenizer([tokenizer.build_prompt(query)], return_tensors="pt"),
+        max_new_tokens=32,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    assert output.past_key_values.layers[0].keys.shape[2] <= 8 < output.past_key_values.get_seq_length()
+    assert tiny_model.chat(tokenizer, query, **settings)[0] == tiny_model.chat(tokenizer, query, do_sample=False)[0]
+
+
 def test_growing_past_several_buffers(pair):
     """A prompt, then single tokens across two buffers' ends: the same keys and values at every step."""
     feed(pair, 250, 0)

@@ -1,5 +1,6 @@
 """chat, stream_chat and stream_generate: what they hand out is what the inherited `generate` produces."""
 
+import copy
 import gc
 import json
 import threading
@@ -171,6 +172,20 @@ def test_autocast_is_read_on_older_torch_too(monkeypatch):
                 answers.append(autocast_dtype("cpu"))
             assert autocast_dtype("cpu") == answers[-1]
     assert answers == [None, torch.bfloat16]
+
+
+@pytest.mark.needs_transformers("5.23", "continuous batching on a CPU without a paged| prefix")
+def test_continuous_batching_gives_each_prompt_its_own_answer(tiny_model, tokenizer):
+    """`generate_batch`: prompts of different lengths in one paged cache, each answered as it is alone."""
+    from transformers import ContinuousBatchingConfig
+
+    model, queries = copy.deepcopy(tiny_model), ["你好", "早上好", "谢谢"]
+    prompts = [tokenizer(tokenizer.build_prompt(query))["input_ids"] for query in queries]
+    config = GenerationConfig(max_new_tokens=32, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    results = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+    answers = [tokenizer.decode(results[key].generated_tokens) for key in sorted(results)]
+    assert answers == [model.chat(tokenizer, query, do_sample=False)[0] for query in queries]
 
 
 # chat and stream_chat

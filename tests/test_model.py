@@ -204,6 +204,17 @@ def test_static_decoding_compiles_once(make_model, bits):
     assert torch.equal(compiled, model.generate(ids, **settings))
 
 
+@torch.no_grad()
+def test_prompt_and_step_ask_no_tensor_for_a_value(make_model):
+    """On the meta device `.item()`, `.tolist()` and `if tensor` raise: no GPU waits for the host within forward."""
+    model, cache = make_model().to("meta"), DynamicCache()
+    for length in (5, 1, 1):
+        ids = torch.zeros(2, length, dtype=torch.long, device="meta")
+        scores = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        assert scores.shape == (2, length, model.config.padded_vocab_size)
+    assert cache.get_seq_length() == 7
+
+
 # What forward returns
 
 
