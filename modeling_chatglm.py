@@ -10,7 +10,6 @@ kernels of `quantization`, they stand here, where it reads too:
     from .quantization_cpu import linear
     from .quantization_cpu_source import source
     from .quantization_triton import linear
-    from .torch_compat import is_compiling
 """
 
 from functools import partial
@@ -31,6 +30,7 @@ from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatMixin
 from .quantization import quantize
 from .quantization_loading import ChatGLMQuantizationConfig  # noqa: F401 (it registers quant_method "chatglm")
+from .torch_compat import rms_norm
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
     DynamicCache,
@@ -66,7 +66,9 @@ def rotate(x, cos, sin):
     """Turn the channel pairs (2i, 2i + 1) of the first half of each head; the other half passes through."""
     turned, passed = x.chunk(2, dim=-1)  # (B, T, heads, R) each
     even, odd = turned.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, R / 2)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    turned = torch.stack((torch.addcmul(even * cos, odd, -sin), torch.addcmul(odd * cos, even, sin)), dim=-1).flatten(
+        -2
+    )
     return torch.cat((turned.to(x.dtype), passed), dim=-1)
 
 
@@ -79,9 +81,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * wide).to(x.dtype)
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -133,14 +133,14 @@ def sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0
         key, value = key[:, :, :length], value[:, :, :length]  # an empty static cache is longer than the prompt
     attend = partial(F.scaled_dot_product_attention, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal)
     if group_size == 1:
-        output = attend(query, key, value)
+        output = attend(query, key, value).transpose(1, 2)
     elif length == 1:  # one new token: a group's query heads are the rows of one small matrix
-        output = attend(query.reshape(*key.shape[:2], group_size, -1), key, value).reshape(query.shape)
+        output = attend(query.reshape(*key.shape[:2], group_size, -1), key, value).flatten(1, 2)[:, None]
     else:  # a group at a time; its query heads see the one key and value through a stride of 0
         groups = zip(query.split(group_size, 1), key.split(1, 1), value.split(1, 1))
         output = torch.cat([attend(q, k.expand(-1, group_size, -1, -1), v.expand(-1, group_size, -1, -1))
-                            for q, k, v in groups], dim=1)  # fmt: skip
-    return output.transpose(1, 2), None
+                            .transpose(1, 2) for q, k, v in groups], dim=2)  # fmt: skip
+    return output, None
 
 
 OWN_ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}

@@ -6,6 +6,7 @@ compiled graphs before.
 """
 
 import torch
+import torch.nn.functional as F
 
 if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
     is_compiling = torch.compiler.is_compiling
@@ -14,6 +15,17 @@ else:  # delete with torch 2.2
     def is_compiling():
         """Whether this call is being traced by torch.compile: taken for False, which breaks a graph, never a result."""
         return False
+
+
+if hasattr(F, "rms_norm"):
+    rms_norm = F.rms_norm
+else:  # delete with torch 2.4
+
+    def rms_norm(x, shape, weight, eps):
+        """x / sqrt(mean(x^2) + eps) * weight in float32, cast once at the end."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (weight * wide).to(x.dtype)
 
 
 def autocast_dtype(kind):

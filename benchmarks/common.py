@@ -128,11 +128,15 @@ def seconds(work, device="cpu"):
 
 
 def take_turns(timers, rounds, warmup=1):
-    """{name: seconds of each round}: all take their turn in every round, so that a drift of the machine touches all."""
-    times = {name: [] for name in timers}
+    """{name: seconds of each round}: all take their turn in every round, so that a drift of the machine touches all.
+
+    Every second round goes the other way round, so that none always follows the same one.
+    """
+    times, order = {name: [] for name in timers}, list(timers)
     for _ in range(rounds + warmup):
-        for name, timer in timers.items():
-            times[name].append(timer())
+        for name in order:
+            times[name].append(timers[name]())
+        order.reverse()
     return {name: record[warmup:] for name, record in times.items()}
 
 
