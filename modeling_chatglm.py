@@ -127,6 +127,11 @@ def sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0
     Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask boolean, True where a query may look, or None
         for causal; scaling is torch's own, D^-0.5. Returns: output (B, T, H, D), None.
     """
+    dtype = query.dtype
+    if dtype == torch.float16 and query.device.type == "cpu":  # there torch's attention takes twice as long in float16
+        query, key, value = query.float(), key.float(), value.float()
+    if attention_mask is not None and attention_mask.is_floating_point():  # a caller's own, of four dimensions
+        attention_mask = attention_mask.to(query.dtype)
     length, group_size = query.shape[2], query.shape[1] // key.shape[1]
     causal = attention_mask is None and length > 1 and is_causal is not False
     if causal:
@@ -140,7 +145,7 @@ def sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0
         groups = zip(query.split(group_size, 1), key.split(1, 1), value.split(1, 1))
         output = torch.cat([attend(q, k.expand(-1, group_size, -1, -1), v.expand(-1, group_size, -1, -1))
                             .transpose(1, 2) for q, k, v in groups], dim=2)  # fmt: skip
-    return output, None
+    return output.to(dtype), None
 
 
 OWN_ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
