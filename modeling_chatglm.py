@@ -66,9 +66,7 @@ def rotate(x, cos, sin):
     """Turn the channel pairs (2i, 2i + 1) of the first half of each head; the other half passes through."""
     turned, passed = x.chunk(2, dim=-1)  # (B, T, heads, R) each
     even, odd = turned.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, R / 2)
-    turned = torch.stack((torch.addcmul(even * cos, odd, -sin), torch.addcmul(odd * cos, even, sin)), dim=-1).flatten(
-        -2
-    )
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     return torch.cat((turned.to(x.dtype), passed), dim=-1)
 
 
