@@ -23,6 +23,7 @@ from chatglm2 import quantization  # noqa: E402, F401
 from chatglm2.cache_chatglm import give_room  # noqa: E402
 from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
+from chatglm2.quantization_cpu import _on_large_pages  # noqa: E402
 from test_against_glm import glm_config, glm_state_dict  # noqa: E402
 from transformers import DynamicCache, GlmForCausalLM  # noqa: E402
 
@@ -38,6 +39,16 @@ SHAPES = {  # "small" is the toy's shape scaled up; "6b" is the released one
     },
     "6b": {},
 }
+
+
+def model_arguments(parser):
+    """The options of a benchmark that makes one float model."""
+    parser.add_argument("--shape", default="small", choices=["small", "6b"])
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
@@ -80,23 +91,28 @@ def glm_of(model):
     return glm.eval()
 
 
-def contenders(model, names):
-    """{name: model}: "ours" and "glm"."""
+def contenders(model, names=("ours", "glm")):
+    """{name: model}: this package's, and transformers' on the same tensors."""
     return {name: model if name == "ours" else glm_of(model) for name in names}
 
 
-def filled_cache(model, context, batch=1, cache=None):
+def filled_cache(model, context, cache=None):
     """A cache of `context` random tokens, by default in the form that the model itself would have made."""
     if cache is None:
         cache = DynamicCache()
         if isinstance(model, ChatGLMForConditionalGeneration):
             give_room(cache)
     config, generator = model.config, torch.Generator().manual_seed(0)
-    size = (batch, config.num_key_value_heads, context, config.head_dim)
+    size = (1, config.num_key_value_heads, context, config.head_dim)
     for layer in range(config.num_hidden_layers):
         key, value = (torch.randn(size, generator=generator).to(model.device, model.dtype) for _ in range(2))
         cache.update(key, value, layer)
     return cache
+
+
+def random_ids(model, length):
+    """A prompt, int [1, length]."""
+    return torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 def weight_bytes(model):
@@ -183,20 +199,13 @@ def resident_bytes(key):
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 
-def large_pages(size):
-    """`size` bytes; on a CPU, on 2 MiB pages where the system has them."""
-    from chatglm2.quantization_cpu import _on_large_pages
-
-    return _on_large_pages(size)
-
-
 def memory_bandwidth(device="cpu"):
     """Bytes a second: read from 1 GiB by all threads of a CPU, or read and written by a copy on a GPU."""
     if torch.device(device).type == "cuda":
         block = torch.empty(1 << 30, dtype=torch.int8, device=device)
         target = torch.empty_like(block)
         return 2 * block.nbytes / min(seconds(lambda: target.copy_(block), device) for _ in range(9))
-    block = large_pages(1 << 30).view(torch.int64).fill_(1)
+    block = _on_large_pages(1 << 30).view(torch.int64).fill_(1)
     return block.nbytes / min(seconds(block.sum) for _ in range(5))
 
 

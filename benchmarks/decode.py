@@ -14,6 +14,7 @@ from common import (
     in_turns,
     machine,
     milliseconds,
+    model_arguments,
     random_model,
     ratio,
     record,
@@ -23,11 +24,7 @@ from transformers import StaticCache
 
 
 def arguments(parser):
-    parser.add_argument("--shape", default="small", choices=["small", "6b"])
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
+    model_arguments(parser)
     parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--compiled", action="store_true", help="static caches and torch.compile, for both")
@@ -49,7 +46,7 @@ def run(args):
     model = random_model(args.shape, dtype, args.device, args.layers)
     limits = machine(dtype, args.device)
     works = {}
-    for name, contender in contenders(model, ("ours", "glm")).items():
+    for name, contender in contenders(model).items():
         compiled = None
         if args.compiled:
             mode = "reduce-overhead" if torch.device(args.device).type == "cuda" else None

@@ -6,15 +6,11 @@ memory is what of the process is resident (Linux).
 """
 
 import torch
-from common import cache_bytes, contenders, machine, peak_bytes, random_model, record
+from common import cache_bytes, contenders, machine, model_arguments, peak_bytes, random_ids, random_model, record
 
 
 def arguments(parser):
-    parser.add_argument("--shape", default="small", choices=["small", "6b"])
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
+    model_arguments(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--training-length", type=int, default=2048, help="0: no training step")
@@ -22,13 +18,13 @@ def arguments(parser):
 
 def prompt_pass(model, length, chunk=None):
     """Work that generates one token from a prompt of `length`."""
-    ids = torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = random_ids(model, length)
     settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "prefill_chunk_size": chunk}
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
 
 def training_step(model, length):
-    ids = torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = random_ids(model, length)
 
     def work():
         model(input_ids=ids, labels=ids).loss.backward()
@@ -44,7 +40,7 @@ def run(args):
     dtype = getattr(torch, args.dtype)
     limits = machine(dtype, args.device)
     model, rows, training = random_model(args.shape, dtype, args.device, args.layers), [], {}
-    models = contenders(model, ("ours", "glm"))
+    models = contenders(model)
     for each in models.values():
         prompt_pass(each, 64)()
     for length in args.lengths:

@@ -5,15 +5,11 @@ over its time.
 """
 
 import torch
-from common import contenders, in_turns, machine, milliseconds, random_model, ratio, record
+from common import contenders, in_turns, machine, milliseconds, model_arguments, random_ids, random_model, ratio, record
 
 
 def arguments(parser):
-    parser.add_argument("--shape", default="small", choices=["small", "6b"])
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
+    model_arguments(parser)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048, 8192])
 
@@ -27,7 +23,7 @@ def operations(model, length):
 
 
 def first_token(model, length):
-    ids = torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = random_ids(model, length)
 
     @torch.no_grad()
     def work():
@@ -40,7 +36,7 @@ def run(args):
     dtype = getattr(torch, args.dtype)
     model = random_model(args.shape, dtype, args.device, args.layers)
     limits, rows = machine(dtype, args.device), []
-    models = contenders(model, ("ours", "glm"))
+    models = contenders(model)
     for length in args.lengths:
         works = {name: first_token(contender, length) for name, contender in models.items()}
         times = in_turns(works, args.rounds, args.device)

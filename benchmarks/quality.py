@@ -4,13 +4,10 @@ Cross entropy and KL divergence (of float32's next-token distribution from the q
 token, over the answers of all dialogues; `answers` counts rounds whose greedy answer is the data's.
 """
 
-import importlib.util
-
 import torch
-from common import ROOT, machine, record
+from common import conftest, machine, record
 from torch.nn.functional import kl_div
 
-TINY = ROOT / "examples" / "tiny"
 SCHEMES = {"float32": (0, None), "int8": (8, None), "int4": (4, None), "int4, groups of 128": (4, 128),
            "int4, groups of 32": (4, 32)}  # fmt: skip
 
@@ -35,14 +32,12 @@ def run(args):
     from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
     from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 
-    spec = importlib.util.spec_from_file_location("train_tiny", TINY / "train.py")
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
-    tokenizer, dialogues = ChatGLMTokenizer.from_pretrained(TINY), train.read_dialogues()
+    train = conftest.import_train()
+    tokenizer, dialogues = ChatGLMTokenizer.from_pretrained(conftest.TINY), train.read_dialogues()
     examples = [(row["input_ids"], row["labels"]) for row in train.examples(dialogues, tokenizer)]
     rows, want = [], None
     for name, (bits, group_size) in SCHEMES.items():
-        model = ChatGLMForConditionalGeneration.from_pretrained(TINY).float().eval()
+        model = ChatGLMForConditionalGeneration.from_pretrained(conftest.TINY).float().eval()
         model.quantize(bits, **({"group_size": group_size} if group_size else {}))
         got, targets = log_probabilities(model, examples)
         want = got if want is None else want

@@ -12,10 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CHINESE = {
     "context": "上下文",
-    "prompt": "提示长度",
-    "batch": "批大小",
-    "ms a token": "每 token 毫秒",
-    "GlmForCausalLM": "GlmForCausalLM",
     "GlmForCausalLM / ours": "GlmForCausalLM / 本项目",
     "limit, ms": "极限，毫秒",
     "ours, ms": "本项目，毫秒",
@@ -69,39 +65,41 @@ def kind(record):
     return ", ".join(words + (["compiled"] if settings.get("compiled") else []))
 
 
+def rows_of(records, *columns):
+    """These columns of all rows of the runs."""
+    return [[row[key] for key in columns] for record in records for row in record["rows"]]
+
+
+def rows_by_kind(records, *columns):
+    """`rows_of`, each row behind the kind of its run."""
+    return [[kind(record), *row] for record in records for row in rows_of([record], *columns)]
+
+
 def decode(say):
     records = newest("decode", "shape", "compiled", "dtype")
-    rows = [
-        [kind(r), x["context"], x["ours_ms"], x["glm_ms"], x["ratio"], x["limit_ms"]]
-        for r in records
-        for x in r["rows"]
-    ]
+    rows = rows_by_kind(records, "context", "ours_ms", "glm_ms", "ratio", "limit_ms")
     header = ["", "context", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "limit, ms"]
     return table(header, rows, records, "decode", say)
 
 
 def prefill(say):
     records = newest("prefill", "shape", "dtype")
-    rows = [
-        [kind(r), x["length"], x["ours_ms"], x["glm_ms"], x["ratio"], f"{x['share']:.0%}"]
-        for r in records
-        for x in r["rows"]
-    ]
+    rows = rows_by_kind(records, "length", "ours_ms", "glm_ms", "ratio", "share")
+    rows = [[*row, f"{share:.0%}"] for *row, share in rows]
     header = ["", "prompt", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "of the matmul rate"]
     return table(header, rows, records, "prefill", say)
 
 
 def throughput(say):
     records = newest("throughput", "shape", "dtype")
-    rows = [[kind(r), x["batch"], x["ours"], x["glm"], x["ratio"]] for r in records for x in r["rows"]]
+    rows = rows_by_kind(records, "batch", "ours", "glm", "ratio")
     header = ["", "batch", "ours, tokens/s", "GlmForCausalLM", "times as fast"]
     return table(header, rows, records, "throughput", say)
 
 
 def memory(say):
     records = newest("memory", "shape", "dtype")
-    columns = ["length", "ours_mb", "chunked_mb", "glm_mb", "cache_mb"]
-    rows = [[kind(record), *(row[key] for key in columns)] for record in records for row in record["rows"]]
+    rows = rows_by_kind(records, "length", "ours_mb", "chunked_mb", "glm_mb", "cache_mb")
     header = ["", "prompt", "ours, MB", "ours in chunks, MB", "GlmForCausalLM, MB", "of it the cache, MB"]
     return table(header, rows, records, "memory", say)
 
@@ -165,20 +163,15 @@ def errors(say):
 
 def loading(say):
     records = newest("loading")
-    columns = ["peak_gb", "peak_with_a_forward_gb", "model_gb"]
-    rows = [
-        [f"int{row['bits']}" if row["bits"] else "float16", *(row[key] for key in columns)]
-        for record in records
-        for row in record["rows"]
-    ]
+    rows = rows_of(records, "bits", "peak_gb", "peak_with_a_forward_gb", "model_gb")
+    rows = [[f"int{bits}" if bits else "float16", *row] for bits, *row in rows]
     header = ["weights", "peak while loading, GB", "and with a forward pass, GB", "the model, GB"]
     return table(header, rows, records, "loading", say)
 
 
 def quality(say):
     records = newest("quality")
-    columns = ["weights", "cross_entropy", "divergence", "answers"]
-    rows = [[row[key] for key in columns] for record in records for row in record["rows"]]
+    rows = rows_of(records, "weights", "cross_entropy", "divergence", "answers")
     return table(["weights", "cross entropy", "divergence", "answers"], rows, records, "quality", say)
 
 

@@ -6,15 +6,11 @@ Rows of a batch are from half of --length to all of it; every row generates --ne
 import statistics
 
 import torch
-from common import contenders, in_turns, machine, random_model, ratio, record
+from common import contenders, in_turns, machine, model_arguments, random_model, ratio, record
 
 
 def arguments(parser):
-    parser.add_argument("--shape", default="small", choices=["small", "6b"])
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
+    model_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--new", type=int, default=32)
@@ -34,7 +30,7 @@ def run(args):
     dtype = getattr(torch, args.dtype)
     model = random_model(args.shape, dtype, args.device, args.layers)
     limits, rows = machine(dtype, args.device), []
-    models = contenders(model, ("ours", "glm"))
+    models = contenders(model)
     settings = {"min_new_tokens": args.new, "max_new_tokens": args.new, "do_sample": False, "pad_token_id": 0}
     for size in args.batches:
         ids, mask = batch_of(size, args.length, args.device)

@@ -30,6 +30,14 @@ def import_repository():
 import_repository()
 
 
+def import_train():
+    """examples/tiny/train.py as a module."""
+    spec = importlib.util.spec_from_file_location("train_tiny", TINY / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)  # small tensors: a second thread would only wait, above all beside other work
     config.addinivalue_line(

@@ -1,21 +1,16 @@
 """The carried checkpoint: it answers its dialogues, and it is what its README says."""
 
-import importlib.util
-
 import pytest
 import torch
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
-from conftest import TINY
+from conftest import TINY, import_train
 from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
 def train():
     """examples/tiny/train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_tiny", TINY / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_train()
 
 
 @pytest.mark.needs_transformers("4.57", "the Trainer that the training script was written for")
