@@ -2,8 +2,12 @@
 
 from transformers import PretrainedConfig
 
+from .serving_chatglm import lend_architectures
+
 ROPE_RATIO_TYPES = ("linear", "base")
 QUANTIZATION_BITS = (0, 4, 8)
+
+lend_architectures()
 
 
 class ChatGLMConfig(PretrainedConfig):

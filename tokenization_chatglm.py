@@ -9,10 +9,13 @@ Text never turns into a special id: a user who types "[gMASK]" or "</s>" sends p
 import inspect
 import os
 import re
+from functools import cached_property
 from itertools import accumulate, groupby
 
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
+
+from .serving_chatglm import rust_decoder
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 COMMANDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -50,6 +53,13 @@ class SPTokenizer:
         self.bos_id = self.sp_model.bos_id()
         self.eos_id = self.sp_model.eos_id()
         self.pad_id = self.sp_model.unk_id()
+
+    @cached_property
+    def _tokenizer(self):
+        """A decoder of the same text in Rust, under the name by which `transformers serve` asks for one."""
+        vocab = {self.sp_model.IdToPiece(i): i for i in range(self.sp_model.vocab_size())} | self.special_tokens
+        hidden = [piece for piece, i in vocab.items() if i in self.index_special_tokens or i <= self.eos_id]
+        return rust_decoder(vocab, hidden)
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
@@ -149,7 +159,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._decode(self.convert_tokens_to_ids(tokens))
 
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs):
-        """Text of ids. Special ids, and ids that only the padded embedding has, give nothing."""
+        """Text of ids. Special ids, and ids that only the padded embedding has, give nothing.
+
+        One special id by itself, not in a list, gives its name: that is how evaluation tools ask what "</s>" is.
+        """
+        if isinstance(token_ids, int) and not skip_special_tokens and token_ids in self.all_special_ids:
+            return next((token for token, i in self.builtin_tokens.items() if i == token_ids), "")
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         added = {i: token for token, i in self._user_added_vocab().items()}
         hidden = set(self.all_special_ids) if skip_special_tokens else ()

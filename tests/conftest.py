@@ -43,6 +43,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "needs_transformers(release, what): skip where transformers is older than the release that brings it"
     )
+    config.addinivalue_line("markers", "tools: uses a tool around the model; `make tools` installs and runs it")
 
 
 def release(text):

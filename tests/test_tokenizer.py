@@ -9,6 +9,7 @@ from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from conftest import SHARED, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 HISTORY = [("你好", "你好！"), ("Hello", "Hi there.\n\nHow are you?")]
 SPECIAL_TEXTS = ["[gMASK]", "[gMASK]sop", "sop", "eop", "[MASK]", "[sMASK]", "<s>", "</s>", "<unk>", "<pad>", "<eop>"]
@@ -246,6 +247,28 @@ def test_odd_orders_of_roles_are_refused(tokenizer, roles, message):
 
     with pytest.raises(TemplateError, match=message):
         template_ids(tokenizer, [{"role": role or "user", "content": "x" if role else ["x"]} for role in roles])
+
+
+# What tools around the model ask of it
+
+
+def test_one_special_id_by_itself_gives_its_name(tokenizer):
+    """lm-evaluation-harness asks so what ends an answer; an empty string would end every answer at once."""
+    assert [tokenizer.decode(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert tokenizer.decode(2, skip_special_tokens=True) == tokenizer.decode([2]) == ""
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_the_servers_decoder_gives_the_same_text(text):
+    """transformers' server streams by a Rust decoder: whole and one id at a time, special ids aside."""
+    tokenizer = shared_tokenizer()
+    ids, decoder = tokenizer.encode(text) + [2], tokenizer.tokenizer._tokenizer
+    expected = tokenizer.decode(ids)
+    assert decoder.decode(ids, skip_special_tokens=True) == expected
+    if hasattr(decoders, "DecodeStream"):
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        assert "".join(stream.step(decoder, i) or "" for i in ids) == expected
 
 
 # The released vocabulary

@@ -1,0 +1,133 @@
+"""transformers' own server and terminal chat run the carried checkpoint, asked by the real `openai` client."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+pytestmark = pytest.mark.tools
+
+TRANSFORMERS = Path(sys.executable).with_name("transformers")
+ANSWERS = {
+    "你好": "你好！我是一个很小的 ChatGLM2 演示模型，很高兴和你聊天。",
+    "早上好": "早上好！愿你今天一切顺利，记得吃早餐。",
+    "谢谢": "不客气，很高兴能帮上忙。",
+    "再见": "再见！祝你一路平安，下次再聊。",
+}
+NO_END = {"2": -100.0}  # a logit_bias that forbids </s>: an answer that goes on as long as it may
+
+
+def wait_until_healthy(url, process, log, seconds=90):
+    for _ in range(seconds * 4):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            return urllib.request.urlopen(url, timeout=1).read()
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError(f"{url} did not answer within {seconds} s: {log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module", params=[(), ("--continuous-batching", "--cb-num-blocks", "16")], ids=["plain", "paged"])
+def server(request, tmp_path_factory):
+    """Base URL of `transformers serve` on the toy; the paged one has room for 16 blocks, about one long answer."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    command = [TRANSFORMERS, "serve", TINY, "--trust-remote-code", "--device", "cpu", "--port", str(port)]
+    with log.open("w") as f:
+        process = subprocess.Popen(
+            [*command, *request.param], stdout=f, stderr=f, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+    try:
+        wait_until_healthy(f"http://localhost:{port}/health", process, log)
+        yield f"http://localhost:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture
+def client(server):
+    import openai
+
+    with openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=30) as client:
+        yield client
+
+
+def ask(client, *messages, **settings):
+    """A greedy chat completion of messages that a user and the assistant take turns in."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
+    settings = {"max_tokens": 64, "temperature": 0, **settings}
+    return client.chat.completions.create(model=str(TINY), messages=messages, **settings)
+
+
+def test_chat_completion(client):
+    """An answer known by heart, whole, ended by </s>, with the prompt's and the answer's tokens counted."""
+    reply = ask(client, "你好")
+    assert reply.choices[0].message.content == ANSWERS["你好"] and reply.choices[0].finish_reason == "stop"
+    assert reply.usage.prompt_tokens == 18 and reply.usage.completion_tokens == 23
+
+
+def test_second_round(client, tokenizer, tiny_model):
+    """The messages become ChatGLM's rounds: the second answer is that of chat() with the same history."""
+    history = [("谢谢", ANSWERS["谢谢"])]
+    expected, _ = tiny_model.chat(tokenizer, "再见", history=history, do_sample=False, max_length=512)
+    assert ask(client, "谢谢", ANSWERS["谢谢"], "再见").choices[0].message.content == expected
+
+
+def test_stream(client):
+    """The pieces of a stream, many, make up the same answer."""
+    pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, "早上好", stream=True)]
+    assert sum(map(bool, pieces)) > 5 and "".join(pieces) == ANSWERS["早上好"]
+
+
+def test_several_clients_at_once(client):
+    """Eight requests at the same time, half of them streamed: each gets the answer to its own question."""
+
+    def answer(number, query):
+        if number % 2:
+            return "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, query, stream=True))
+        return ask(client, query).choices[0].message.content
+
+    queries = list(ANSWERS) * 2
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(answer, range(8), queries)) == [ANSWERS[query] for query in queries]
+
+
+def test_client_that_goes_away_frees_its_slot(client):
+    """Three clients leave answers that would go on for minutes; the next one is served at once."""
+    for _ in range(3):
+        with ask(client, "你好", stream=True, max_tokens=100_000, logit_bias=NO_END) as stream:
+            for _, _chunk in zip(range(5), stream):
+                pass
+    start = time.monotonic()
+    assert ask(client, "谢谢").choices[0].message.content == ANSWERS["谢谢"]
+    assert time.monotonic() - start < 20
+
+
+def test_too_long_answer_is_cut(client):
+    """max_tokens cuts an answer, and the client is told so."""
+    reply = ask(client, "你好", max_tokens=3)
+    assert reply.choices[0].finish_reason == "length" and reply.choices[0].message.content == "你好！"
+
+
+def test_transformers_chat(server, tmp_path):
+    """`transformers chat` talks to the server: the answer stands in the terminal."""
+    done = subprocess.run(
+        [TRANSFORMERS, "chat", TINY, server, "do_sample=False"],
+        input="再见\n!exit\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "0"},  # offline, it would not talk to localhost either
+    )
+    assert ANSWERS["再见"] in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
