@@ -292,6 +292,14 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
     def _can_set_attn_implementation(cls):
         return True  # the attention is looked up at every call
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers. The weights' own dtype is kept where none is asked for."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.base_model.freeze_below_prefix()  # loading may put new parameters in the old ones' place
+        return loaded
+
     def _init_weights(self, module):
         """Normal weights, zero biases, unit norms, for what no checkpoint gives; quantized weights stay."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -314,9 +322,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if config.quantization_bit:  # empty int8 and int4 layers, for a checkpoint to fill
             quantize(self, config.quantization_bit, empty=True, **getattr(config, "quantization_options", {}))
         if config.pre_seq_len:
-            self.requires_grad_(False)  # P-Tuning trains the prefix alone
             self.prefix_encoder = PrefixEncoder(config)
+        self.freeze_below_prefix()
         self.post_init()
+
+    def freeze_below_prefix(self):
+        """P-Tuning trains the prefix alone."""
+        if self.config.pre_seq_len:
+            self.requires_grad_(False)
+            self.prefix_encoder.requires_grad_(True)
 
     def get_input_embeddings(self):
         return self.embedding["word_embeddings"]

@@ -60,6 +60,14 @@ def released_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_a_prefix_on_loaded_weights_trains_alone(released_folder, auto):
+    """pre_seq_len at loading freezes the weights, whichever parameters the loader made; a new head trains too."""
+    model = auto.from_pretrained(released_folder, trust_remote_code=True, pre_seq_len=4)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("prefix_encoder" in name or "classifier" in name for name in trained)
+
+
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM])
 def test_auto_classes_load_a_released_folder(released_folder, tiny_model, auto):
     """From .bin shards with the unneeded inv_freq, trust_remote_code=True: the same weights, and they chat."""
