@@ -17,14 +17,14 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "export")]
 import conftest  # noqa: E402, F401  (makes the repository importable as `chatglm2`)
 from chatglm2 import quantization  # noqa: E402, F401
 from chatglm2.cache_chatglm import give_room  # noqa: E402
 from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
 from chatglm2.quantization_cpu import _on_large_pages  # noqa: E402
-from test_against_glm import glm_config, glm_state_dict  # noqa: E402
+from to_glm import glm_config, glm_state_dict  # noqa: E402
 from transformers import DynamicCache, GlmForCausalLM  # noqa: E402
 
 SHAPES = {  # "small" is the toy's shape scaled up; "6b" is the released one

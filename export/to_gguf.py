@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Write a ChatGLM2 checkpoint as GGUF, by llama.cpp's own converter.
+
+    git clone --depth 1 https://github.com/ggml-org/llama.cpp
+    python export/to_gguf.py chatglm2-6b chatglm2-6b.gguf --llama-cpp llama.cpp
+
+The converter knows a SentencePiece ChatGLM by the name of ChatGLM3's repository, and names [gMASK] and sop [PADn], as
+padding. Here it reads a folder that bears that name, with the code of this repository and a chat template that begins
+with the two; then both are marked as control tokens, so that llama.cpp's chats have the prompt that the model knows.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from to_glm import CODE, refusals
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+REPOSITORY = "THUDM/chatglm3-6b"
+CONTROL = 3  # GGUF's type of a token that only a template spells
+
+
+def gguf_refusals(config):
+    """What llama.cpp cannot express of a ChatGLMConfig, or its converter would get wrong."""
+    problems = refusals(config)
+    if not config.multi_query_attention:
+        problems.append("multi_query_attention=False: the converter reads the rows of query, key and value otherwise.")
+    if config.quantization_bit:
+        problems.append(
+            f"quantization_bit={config.quantization_bit}: the converter reads floats. Convert the float checkpoint, "
+            "and let llama-quantize round it."
+        )
+    if config.kv_channels * config.num_attention_heads != config.hidden_size:
+        problems.append(f"kv_channels={config.kv_channels}: the converter takes hidden_size / num_attention_heads.")
+    return problems
+
+
+def write_source(source, folder, config, prefix):
+    """Fill `folder` with links to the weights, our code, and the settings that the converter looks for."""
+    weights = [path for pattern in ("*.safetensors", "*.bin", "*.index.json") for path in source.glob(pattern)]
+    for path in (*weights, source / "tokenizer.model", *CODE.glob("*.py"), CODE / "tokenizer_config.json"):
+        (folder / path.name).symlink_to(path.resolve())
+    auto_map = json.loads((CODE / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    values = {**config, "_name_or_path": REPOSITORY, "architectures": ["ChatGLMModel"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    template = source / "chat_template.jinja"
+    template = template if template.is_file() else CODE / "chat_template.jinja"
+    text = prefix + template.read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
+def export(source, target, llama_cpp, outtype="auto"):
+    """Write the folder `source` as the file `target`; `llama_cpp` is a folder of llama.cpp's source.
+
+    Returns:
+        Options that llama.cpp needs to run the file: none, or those of linear rope_ratio.
+
+    Raises:
+        ValueError: a folder is not what it should be, llama.cpp cannot express the model, or its converter failed.
+    """
+    source, target, llama_cpp = Path(source), Path(target), Path(llama_cpp)
+    converter = llama_cpp / "convert_hf_to_gguf.py"
+    if not converter.is_file():
+        raise ValueError(f"{llama_cpp} has no {converter.name}. Give --llama-cpp the folder of llama.cpp's source.")
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} has no config.json. Give the folder that holds the weights and tokenizer.model.")
+    if target.exists():
+        raise ValueError(f"{target} is there already: nothing is overwritten.")
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = get_class_from_dynamic_module("configuration_chatglm.ChatGLMConfig", str(CODE))(**values)
+    if problems := gguf_refusals(config):
+        raise ValueError("\n".join(problems))
+    options = ""
+    if config.rope_ratio_type == "linear" and config.rope_ratio != 1:  # the converter would take it for "base"
+        options = f"--rope-scaling linear --rope-scale {config.rope_ratio:g}"
+        values["rope_ratio"] = 1
+    tokenizer = get_class_from_dynamic_module("tokenization_chatglm.ChatGLMTokenizer", str(CODE))
+    prefix_ids = tokenizer.from_pretrained(source).get_prefix_tokens()
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_source(source, Path(folder), values, "".join(f"[PAD{i}]" for i in prefix_ids))
+        command = [sys.executable, str(converter), folder, "--outfile", str(target), "--outtype", outtype]
+        done = subprocess.run([*command, "--model-name", source.resolve().name], capture_output=True, text=True)
+    if done.returncode or not target.is_file():
+        raise ValueError(f"{converter.name} failed:\n{done.stderr[-2000:]}")
+    sys.path.insert(0, str(llama_cpp / "gguf-py"))
+    from gguf import GGUFReader
+
+    types = GGUFReader(target, "r+").get_field("tokenizer.ggml.token_type")
+    for i in prefix_ids:
+        types.parts[types.data[i]][0] = CONTROL
+    return options
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder with ChatGLM2 weights, config.json and tokenizer.model")
+    parser.add_argument("target", help="a new file")
+    parser.add_argument("--llama-cpp", required=True, help="folder of llama.cpp's source")
+    parser.add_argument("--outtype", default="auto", help="f32, f16, bf16, q8_0, ... (default: as the weights are)")
+    args = parser.parse_args(arguments)
+    try:
+        options = export(args.source, args.target, args.llama_cpp, args.outtype)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{args.source}: {error}") from None
+    print(f"{args.target}: {Path(args.target).stat().st_size / 1e6:.1f} MB")
+    if options:
+        print(f"rope_ratio is not in the file. Run it with: {options}")
+
+
+if __name__ == "__main__":
+    main()
