@@ -21,8 +21,9 @@ TOY = CODE / "examples" / "tiny"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def chat_parser(description):
+    """A parser of the options that the demos share: which weights, where, in what form, and how answers are sampled."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TOY), help="folder with weights and tokenizer.model (default: the toy)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument(
@@ -41,6 +42,11 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--top-p", type=float, default=0.8, help="sample among the likeliest tokens of so much probability"
     )
+    return parser
+
+
+def parse_arguments(arguments=None):
+    parser = chat_parser(__doc__)
     parser.add_argument("--seed", type=int, default=None, help="make sampled answers repeatable")
     return parser.parse_args(arguments)
 
@@ -67,6 +73,16 @@ def load(folder, device, dtype, bits):
     tokenizer = tokenizer_class.from_pretrained(folder)
     model = model_class.from_pretrained(folder, torch_dtype=DTYPES[dtype])
     return model.quantize(bits).to(device).eval(), tokenizer
+
+
+def load_or_exit(args):
+    """(model, tokenizer) of the options. Raises SystemExit, which says what is wrong with the folder or the device."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return load(args.model, choose_device(args.device), args.dtype, args.quantize)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        raise SystemExit(f"{args.model} on {args.device}: {error}") from None
 
 
 class Conversation:
@@ -126,17 +142,12 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     for channel in (sys.stdin, sys.stdout):
         channel.reconfigure(encoding="utf-8", errors="replace")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if args.seed is not None:
         torch.manual_seed(args.seed)
     settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
-    try:
-        model, tokenizer = load(args.model, choose_device(args.device), args.dtype, args.quantize)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # what is wrong with the folder or the device
-        raise SystemExit(f"{args.model} on {args.device}: {error}") from None
+    model, tokenizer = load_or_exit(args)
     conversation = Conversation(model, tokenizer, **settings)
     if not sys.stdin.isatty():
         return talk(conversation, input, interactive=False)
