@@ -1,0 +1,160 @@
+"""Dialogues from jsonl files, and the examples made of them: ids of prompt, answer and </s>, a loss on the last two.
+
+One JSON object a line, in either form:
+
+    {"prompt": "…", "response": "…", "history": [["…", "…"]]}    the original's; columns of any name, history optional
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+
+The first form learns `response`; the second one every assistant message, each behind what was said before it. A system
+message may come first. An example is laid out as the original's scripts did: the chat's prompt with [gMASK] sop in
+front, the answer tokenized by itself (so it begins with SentencePiece's space, as released models answer), </s>.
+"""
+
+import json
+import reprlib
+from typing import List, NamedTuple
+
+from tqdm.auto import tqdm
+
+IGNORED = -100  # a label without a loss
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
+
+
+class Round(NamedTuple):
+    """One answer to learn."""
+
+    line: int
+    messages: List[dict]  # what was said before; the last one is the user's
+    answer: str
+
+
+def read_rounds(path, prompt_column=None, response_column=None, history_column=None, messages_column="messages"):
+    """The answers to learn from a jsonl file, in its order; in the messages form where no other column is named.
+
+    Raises:
+        ValueError: a line that cannot be learned from; the message holds the file, the line's number, the value and
+            the cure.
+    """
+    if (prompt_column is None) != (response_column is None) or (history_column and prompt_column is None):
+        raise ValueError(
+            f"prompt_column={prompt_column!r}, response_column={response_column!r}, history_column={history_column!r}: "
+            "give prompt_column and response_column for the original's form, or none of the three for messages."
+        )
+    rounds = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = parse(line)
+                if prompt_column is None:
+                    rounds += rounds_of_messages(number, column(record, messages_column))
+                else:
+                    history = column(record, history_column) if history_column else []
+                    query, answer = column(record, prompt_column), column(record, response_column)
+                    rounds.append(round_of_columns(number, query, answer, history, prompt_column, response_column))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    if not rounds:
+        raise ValueError(f"{path} holds no dialogue: give a file with one JSON object a line.")
+    return rounds
+
+
+def parse(line):
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no UTF-8: save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        text = SHORT.repr(line.decode("utf-8-sig").strip())
+        raise ValueError(f"{text} is no JSON ({error.msg}, column {error.colno}): one object a line.") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{SHORT.repr(record)} is no JSON object: write one object a line, not a list of them.")
+    return record
+
+
+def column(record, name):
+    if name not in record:
+        raise ValueError(f"there is no column {name!r}, only {', '.join(map(repr, record))}: add it, or name another.")
+    return record[name]
+
+
+def check_text(value, what):
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} is {SHORT.repr(value)}: give a text that is not empty.")
+
+
+def round_of_columns(number, query, answer, history, prompt_column, response_column):
+    check_text(query, prompt_column)
+    check_text(answer, response_column)
+    messages = []
+    if not isinstance(history, (list, type(None))):
+        raise ValueError(f"history is {SHORT.repr(history)}: give a list of [query, response] pairs.")
+    for i, turn in enumerate(history or []):
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"history[{i}] is {SHORT.repr(turn)}: give [query, response], a pair of texts.")
+        messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn)]
+    return Round(number, [*messages, {"role": "user", "content": query}], answer)
+
+
+def rounds_of_messages(number, messages):
+    """Every assistant message with all that stands before it."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages is {SHORT.repr(messages)}: give a list of messages.")
+    rounds, wanted = [], "user"
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"messages[{i}] is {SHORT.repr(message)}: give an object with role and content.")
+        role, content = message["role"], message["content"]
+        check_text(content, f"messages[{i}]['content']")
+        if i == 0 and role == "system":
+            continue
+        if role != wanted:
+            raise ValueError(
+                f"messages[{i}] has the role {SHORT.repr(role)} where {wanted!r} is due: "
+                "user and assistant take turns, and a system message may only come first."
+            )
+        if role == "assistant":
+            rounds.append(Round(number, messages[:i], content))
+        wanted = "user" if role == "assistant" else "assistant"
+    if wanted == "assistant" or not rounds:
+        raise ValueError("the last message is not the assistant's, so there is no answer to learn: add it, or drop it.")
+    return rounds
+
+
+class Examples(NamedTuple):
+    """Rows of `input_ids` and `labels` (lists of one length), and how many prompts and answers were cut."""
+
+    rows: List[dict]
+    cut_prompts: int
+    cut_answers: int
+
+
+def make_examples(tokenizer, rounds, max_source_length, max_target_length, progress=True):
+    """Tokenize `rounds`.
+
+    A prompt over `max_source_length` loses its beginning, behind [gMASK] sop: the question stays, old rounds go. An
+    answer over `max_target_length` loses its end, and </s> with it, so that no one learns to stop there.
+    """
+    rows, cut_prompts, cut_answers = [], 0, 0
+    prefix = tokenizer.get_prefix_tokens()
+    room = max_source_length - len(prefix)
+    if room < 1 or max_target_length < 1:
+        raise ValueError(
+            f"max_source_length={max_source_length}, max_target_length={max_target_length}: give at least "
+            f"{len(prefix) + 1} and 1."
+        )
+    for item in tqdm(rounds, desc="Tokenizing", disable=not progress):
+        prompt = tokenizer.apply_chat_template(item.messages, add_generation_prompt=True, return_dict=False)
+        answer = tokenizer.encode(item.answer, add_special_tokens=False)
+        if len(prompt) > max_source_length:
+            prompt = [*prefix, *prompt[-room:]]
+            cut_prompts += 1
+        if len(answer) > max_target_length:
+            answer = answer[:max_target_length]
+            cut_answers += 1
+        else:
+            answer.append(tokenizer.eos_token_id)
+        rows.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
+    return Examples(rows, cut_prompts, cut_answers)

@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Fine-tune ChatGLM2 with TRL's SFTTrainer: dialogues through the chat template, a loss on the answers alone.
+
+    python finetune/sft.py --model_name_or_path chatglm2-6b --train_file dialogues.jsonl --output_dir output/sft \\
+        --use_peft --dtype bfloat16 --learning_rate 2e-4
+
+Arguments are those of TRL's SFTConfig and ModelConfig, and of finetune/train.py for the data; TRL trains in bfloat16
+unless told otherwise, and wants --use_cpu where there is no GPU. The examples are made by finetune/data.py, and TRL
+finds them tokenized: its own way takes a dialogue's end from the template's text, and no text spells </s> here, so the
+model would not learn to stop.
+"""
+
+import argparse
+
+from checkpoints import load_config, load_model, load_tokenizer
+from datasets import Dataset
+from train import LAYERS, DataArguments, EndAtNan, UseCacheOnSave, check_output, examples, train, trained_in_full
+from transformers import HfArgumentParser, set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+
+class DialogueTrainer(UseCacheOnSave, SFTTrainer):
+    """SFTTrainer with the config.json of train.py's full method."""
+
+
+def prepare(model_config, data, training):
+    """(trainer, checkpoint to resume from); the data is read before the model."""
+    set_seed(training.seed)
+    first = training.process_index == 0
+    folder = model_config.model_name_or_path
+    checkpoint = check_output(training)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    train_rows = examples(data.train_file, data, tokenizer, config, first)
+    eval_rows = examples(data.validation_file, data, tokenizer, config, first) if data.validation_file else None
+    training.max_length = None  # make_examples has cut them
+    model_config.lora_target_modules = model_config.lora_target_modules or LAYERS
+    if model_config.use_peft:
+        model = load_model(folder, model_config.dtype)
+    else:
+        model = trained_in_full(folder, tokenizer)
+    trainer = DialogueTrainer(
+        model=model,
+        args=training,
+        train_dataset=Dataset.from_list(train_rows),
+        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_config),
+        callbacks=[EndAtNan()],
+    )
+    return trainer, checkpoint
+
+
+def make_parser():
+    return HfArgumentParser(
+        (ModelConfig, DataArguments, SFTConfig),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def main(arguments=None):
+    try:
+        trainer, checkpoint = prepare(*make_parser().parse_args_into_dataclasses(arguments))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    train(trainer, checkpoint)
+
+
+if __name__ == "__main__":
+    main()

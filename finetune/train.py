@@ -1,0 +1,312 @@
+#!/usr/bin/env python3
+"""Fine-tune ChatGLM2 by P-Tuning v2, LoRA, or in full, with transformers' Trainer.
+
+    python finetune/train.py --method lora --model_name_or_path chatglm2-6b --train_file dialogues.jsonl --bf16 \\
+        --output_dir output/lora
+    python finetune/train.py --pre_seq_len 128 --quantization_bit 4 --model_name_or_path chatglm2-6b --bf16 \\
+        --train_file train.json --prompt_column content --response_column summary --output_dir output/prefix
+
+Every argument of transformers' TrainingArguments is one here; those of the original's scripts keep their names and
+meaning. The trained weights are float32. Weights that are not trained are held in bfloat16 with --bf16, in float16
+with --fp16, else in float32, or in the bits of --quantization_bit.
+"""
+
+import argparse
+import importlib.util
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import List, Optional
+
+import torch
+from checkpoints import load_config, load_model, load_tokenizer, read_prefix, save_prefix, take_code_along
+from data import make_examples, read_rounds
+from transformers import (
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+LEARNING_RATES = {"ptuning": 2e-2, "lora": 2e-4, "full": 1e-5}
+TINY = str(Path(__file__).resolve().parent.parent / "examples" / "tiny")
+
+
+def option(default, text, **kwargs):
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class ModelArguments:
+    """Which weights, and what of them is trained."""
+
+    model_name_or_path: str = option(TINY, "folder with config.json, weights and tokenizer.model (default: the toy)")
+    method: Optional[str] = option(
+        None, "default: ptuning with --pre_seq_len, else full, as in the original", choices=[*LEARNING_RATES]
+    )
+    quantization_bit: Optional[int] = option(None, "hold the weights that are not trained in 4 or 8 bits")
+    pre_seq_len: Optional[int] = option(None, "P-Tuning: tokens of the prefix (default: 128)")
+    prefix_projection: bool = option(False, "P-Tuning: an MLP makes the prefix")
+    ptuning_checkpoint: Optional[str] = option(None, "P-Tuning: begin with the prefix in this folder")
+    lora_r: int = option(8, "LoRA: rank")
+    lora_alpha: int = option(32, "LoRA: the update is scaled by lora_alpha / lora_r")
+    lora_dropout: float = option(0.1, "LoRA: dropout before the update")
+    lora_target_modules: List[str] = field(
+        default_factory=lambda: LAYERS, metadata={"help": "LoRA: layers of a block (default: all four)"}
+    )
+
+    def __post_init__(self):
+        prefix = self.pre_seq_len or self.ptuning_checkpoint
+        self.method = self.method or ("ptuning" if prefix else "full")
+        if prefix and self.method != "ptuning":
+            raise ValueError(f"--method {self.method} has no prefix: leave out --pre_seq_len and --ptuning_checkpoint.")
+        if self.quantization_bit not in (None, 0, 4, 8):
+            raise ValueError(f"--quantization_bit {self.quantization_bit}: give 4 or 8, or leave it out.")
+        if self.quantization_bit and self.method == "full":
+            raise ValueError(f"--quantization_bit {self.quantization_bit}: int weights cannot be trained in full.")
+
+
+@dataclass
+class DataArguments:
+    """Where the dialogues are; finetune/data.py describes the two forms."""
+
+    train_file: str = option(None, "jsonl, one dialogue a line")
+    validation_file: Optional[str] = option(None, "jsonl, for eval_loss (with --eval_strategy epoch, for example)")
+    prompt_column: Optional[str] = option(None, "the original's form: the query's column")
+    response_column: Optional[str] = option(None, "the original's form: the answer's column")
+    history_column: Optional[str] = option(None, "the original's form: the column of earlier rounds")
+    messages_column: str = option("messages", "the messages form: its column")
+    max_source_length: int = option(1024, "longer prompts lose their beginning")
+    max_target_length: int = option(1024, "longer answers lose their end")
+
+    def __post_init__(self):
+        if self.train_file is None:
+            raise ValueError("--train_file is missing: give a jsonl file.")
+
+    def read(self, path):
+        columns = (self.prompt_column, self.response_column, self.history_column, self.messages_column)
+        return read_rounds(path, *columns)
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    """TrainingArguments, but for four defaults."""
+
+    learning_rate: Optional[float] = option(None, "default: 2e-2 for ptuning, 2e-4 for lora, 1e-5 for full")
+    gradient_checkpointing: Optional[bool] = option(None, "compute activations again, for memory (default: true)")
+    logging_steps: float = option(10, "steps between two points of the loss curve")
+    logging_nan_inf_filter: bool = option(False, "hide losses that are not finite; here training ends at one")
+
+    def __post_init__(self):
+        renamed = "activation_checkpointing"  # its name in newer releases, beside the old one
+        name = renamed if hasattr(TrainingArguments, renamed) else "gradient_checkpointing"
+        if self.gradient_checkpointing is None and getattr(self, name) is None:
+            setattr(self, name, True)
+        super().__post_init__()
+
+
+class PrefixTrainer(Trainer):
+    """A Trainer whose checkpoints hold the prefix alone, as the original's did."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            save_prefix(self.model, output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        state, _ = read_prefix(resume_from_checkpoint)
+        self.model.transformer.prefix_encoder.load_state_dict(state)
+
+
+class UseCacheOnSave:
+    """The Trainer switches `use_cache` off in the model's config; what it writes has it on, as the weights came."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        config = self.model.config
+        held, config.use_cache = config.use_cache, True
+        super()._save(output_dir, state_dict)
+        config.use_cache = held
+
+
+class FullTrainer(UseCacheOnSave, Trainer):
+    """A Trainer whose checkpoints are folders of weights that stand alone."""
+
+
+TRAINERS = {"ptuning": PrefixTrainer, "lora": Trainer, "full": FullTrainer}
+
+
+class EndAtNan(TrainerCallback):
+    """Ends a run at the first loss that is not finite, before checkpoints of it push the good ones out."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0)):
+                raise FloatingPointError(
+                    f"{name}={logs[name]} at step {state.global_step}, learning rate {args.learning_rate}: lower "
+                    "--learning_rate, or take --bf16 in place of --fp16, and resume from the last good checkpoint."
+                )
+
+
+def examples(path, data, tokenizer, config, progress=True):
+    """Rows of ids and labels; says how many were cut."""
+    rounds = data.read(path)
+    made = make_examples(tokenizer, rounds, data.max_source_length, data.max_target_length, progress)
+    longest = max(range(len(made.rows)), key=lambda i: len(made.rows[i]["input_ids"]))
+    length = len(made.rows[longest]["input_ids"])
+    if length > config.seq_length:
+        raise ValueError(
+            f"{path}, line {rounds[longest].line}: {length} tokens pass seq_length={config.seq_length}. Lower "
+            "--max_source_length or --max_target_length, or shorten the dialogue."
+        )
+    if progress:
+        print(
+            f"{path}: {len(rounds)} answers, {sum(len(row['input_ids']) for row in made.rows)} tokens, the longest "
+            f"example {length}; cut: {made.cut_prompts} prompts, {made.cut_answers} answers"
+        )
+    return made.rows
+
+
+def trained_in_full(folder, tokenizer):
+    """The weights in `folder` in float32, to be trained and saved with their code."""
+    model = load_model(folder, torch.float32)
+    bits = model.config.quantization_bit
+    if bits:
+        raise ValueError(f"{folder} holds int{bits} weights, which cannot be trained in full: use LoRA or P-Tuning.")
+    take_code_along(model, tokenizer)
+    return model
+
+
+def build_model(arguments, training, tokenizer):
+    """The model with `requires_grad` on what the method trains, and that in float32."""
+    low = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    bits = arguments.quantization_bit or 0
+    if arguments.method == "full":
+        return trained_in_full(arguments.model_name_or_path, tokenizer)
+    if arguments.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=arguments.lora_target_modules,
+        )
+        return get_peft_model(load_model(arguments.model_name_or_path, low, bits), lora)
+    if arguments.ptuning_checkpoint:
+        state, prefix = read_prefix(arguments.ptuning_checkpoint)
+    else:
+        length = arguments.pre_seq_len or 128
+        state, prefix = None, {"pre_seq_len": length, "prefix_projection": arguments.prefix_projection}
+    model = load_model(arguments.model_name_or_path, low, bits, **prefix)
+    if state:
+        model.transformer.prefix_encoder.load_state_dict(state)
+    model.transformer.prefix_encoder.float()
+    return model
+
+
+def check_output(training):
+    """The checkpoint to resume from, or None. Refuses to mix two runs in one folder."""
+    asked = training.resume_from_checkpoint
+    found = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    if asked is None and found:
+        raise ValueError(
+            f"{training.output_dir} holds {Path(found).name} of an earlier run: go on with --resume_from_checkpoint "
+            "true, or give another --output_dir."
+        )
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() != "true" and not Path(asked).is_dir():
+        raise ValueError(f"--resume_from_checkpoint {asked} is no folder: give a checkpoint's, or true for the last.")
+    if asked.lower() == "true" and not found:
+        raise ValueError(f"--resume_from_checkpoint true: {training.output_dir} holds no checkpoint; leave it out.")
+    return found if asked.lower() == "true" else asked
+
+
+def draw_loss(history, path):
+    """A picture of the logged losses, the Trainer's `state.log_history`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points), marker="." if len(points) < 50 else None, label=label)
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if axes.lines:  # none where the run was shorter than logging_steps
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def prepare(arguments, data, training):
+    """(trainer, checkpoint to resume from): everything that can be wrong is found here, the data before the model."""
+    if training.learning_rate is None:
+        training.learning_rate = LEARNING_RATES[arguments.method]
+    set_seed(training.seed)
+    first = training.process_index == 0
+    checkpoint = check_output(training)
+    config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
+    train_rows = examples(data.train_file, data, tokenizer, config, first)
+    eval_rows = examples(data.validation_file, data, tokenizer, config, first) if data.validation_file else None
+    model = build_model(arguments, training, tokenizer)
+    if first:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{arguments.method}: {trained:,} parameters are trained")
+    trainer = TRAINERS[arguments.method](
+        model=model,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[EndAtNan()],
+    )
+    return trainer, checkpoint
+
+
+def train(trainer, checkpoint=None):
+    """Train, and write the result, trainer_state.json and loss.png into `output_dir`."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    if importlib.util.find_spec("matplotlib"):
+        draw_loss(trainer.state.log_history, Path(trainer.args.output_dir) / "loss.png")
+    else:
+        print("no loss.png: matplotlib is not installed; the figures are in trainer_state.json")
+
+
+def make_parser():
+    return HfArgumentParser(
+        (ModelArguments, DataArguments, FineTuningArguments),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def main(arguments=None):
+    try:
+        model, data, training = make_parser().parse_args_into_dataclasses(arguments)
+        trainer, checkpoint = prepare(model, data, training)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    train(trainer, checkpoint)
+    if trainer.is_world_process_zero():
+        command = f"cli_demo.py --model {training.output_dir}"
+        if model.method != "full":
+            base = "" if model.model_name_or_path == TINY else f" --model {model.model_name_or_path}"
+            command = f"finetune/chat.py{base} --checkpoint {training.output_dir}"
+        print(f"saved in {training.output_dir}: python {command}")
+
+
+if __name__ == "__main__":
+    main()
