@@ -106,6 +106,7 @@ class ChatGLMConfig(PretrainedConfig):
         attention_softmax_in_fp32=True,
         apply_query_key_layer_scaling=True,
         bias_dropout_fusion=True,
+        bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
         tie_word_embeddings=False,
@@ -143,7 +144,11 @@ class ChatGLMConfig(PretrainedConfig):
         self.apply_query_key_layer_scaling = apply_query_key_layer_scaling
         self.bias_dropout_fusion = bias_dropout_fusion
         super().__init__(
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
         )
         self._check()
 

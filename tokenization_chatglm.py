@@ -174,7 +174,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             "".join(added[i] for i in run) if is_added else self.tokenizer.sp_model.DecodeIds(list(run))
             for is_added, run in runs
         )
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+        clean = getattr(self, "clean_up_tokenization", str)  # transformers 5.0 has none
+        return clean(text) if clean_up_tokenization_spaces else text
 
     def without_half_character(self, ids):
         """`ids` up to the last whole character, without those that give no text.
