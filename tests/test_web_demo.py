@@ -1,0 +1,418 @@
+"""web_demo.py in a real browser. `python tests/test_web_demo.py` makes docs/web_demo.png, the README's picture."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, TINY
+from transformers import LogitsProcessor
+
+pytestmark = pytest.mark.tools
+
+DIALOGUES = {}  # by the first question
+for line in (TINY / "dialogues.jsonl").read_text(encoding="utf-8").splitlines():
+    turns = json.loads(line)["turns"]
+    DIALOGUES[turns[0][0]] = turns
+SUN, SPAIN = DIALOGUES["what is the sun"], DIALOGUES["where is Spain"]
+CHROMIUM = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(true, what, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+@contextmanager
+def command():
+    """The address of `python web_demo.py`, run as a person runs it."""
+    port = free_port()
+    arguments = [str(ROOT / "web_demo.py"), "--device", "cpu", "--temperature", "0", "--port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    server = subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/"
+    )
+    url = f"http://127.0.0.1:{port}"
+
+    def answers():
+        assert server.poll() is None, server.stdout.read().decode()
+        try:
+            return urllib.request.urlopen(url, timeout=5).status == 200
+        except urllib.error.URLError:
+            return False
+
+    try:
+        until(answers, "web_demo.py does not listen", seconds=120)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+@contextmanager
+def chromium():
+    """A browser. One that is installed already, as playwright's own is a download."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip(f"none of these browsers is installed: {', '.join(CHROMIUM)}")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+class Chat:
+    """The page, as a person sees it."""
+
+    def __init__(self, browser, url, language="en-US"):
+        self.requests = []
+        self.context = browser.new_context(locale=language, viewport={"width": 1000, "height": 700})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(url)
+        self.box = self.page.locator("textarea[placeholder]")
+        self.box.wait_for()
+
+    def ask(self, text):
+        self.box.fill(text)
+        self.box.press("Enter")
+
+    def press(self, name):
+        self.page.get_by_label(name, exact=True).first.click()
+
+    def stop(self):
+        self.page.locator(".stop-button").click()
+
+    def texts(self, role):
+        return self.page.locator(f".message.{role}:not(.pending)").all_inner_texts()
+
+    def wait_until(self, true, what):
+        """As `until`; playwright wants to do the waiting."""
+        end = time.monotonic() + 20
+        while not true():
+            assert time.monotonic() < end, f"{what}: {self.page.locator('body').inner_text()}"
+            self.page.wait_for_timeout(20)
+
+    def wait_until_ready(self):
+        self.page.locator(".submit-button").wait_for()
+        self.wait_until(self.box.is_enabled, "the box stays closed")
+
+    def shows(self, *turns):
+        """Waits for the end of the answer, and for exactly these turns."""
+        self.wait_until_ready()
+        expected = [query for query, _ in turns], [answer for _, answer in turns]
+        self.wait_until(lambda: (self.texts("user"), self.texts("bot")) == expected, f"not {expected}")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with command() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_chat(browser):
+    """A factory of pages, each in a browser profile of its own."""
+    chats = []
+
+    def open_chat(url, language="en-US"):
+        chats.append(Chat(browser, url, language))
+        return chats[-1]
+
+    yield open_chat
+    for chat in chats:
+        chat.context.close()
+
+
+class Slow(LogitsProcessor):
+    """Makes every step last, and notes that it is `call`'s; `endless` answers never come to an end."""
+
+    def __init__(self, call, steps, seconds, endless):
+        self.call, self.steps, self.seconds, self.endless = call, steps, seconds, endless
+
+    def __call__(self, input_ids, scores):
+        self.steps.append(self.call)
+        time.sleep(self.seconds)
+        if self.endless:
+            scores[:, 2] = -float("inf")
+        return scores
+
+
+@pytest.fixture
+def serve(tiny_model, tokenizer, monkeypatch):
+    """A factory of pages served from this process, by a model that is slow and whose steps and calls can be counted."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import web_demo
+
+    pages = []
+
+    def serve(*options, seconds=0.05, endless=True):
+        calls, steps = [], []
+
+        def stream_chat(tokenizer, query, history, **settings):
+            calls.append((query, history, settings))
+            slow = Slow(len(calls), steps, seconds, endless)
+            return tiny_model.stream_chat(tokenizer, query, history, logits_processor=[slow], **settings)
+
+        model = SimpleNamespace(config=tiny_model.config, stream_chat=stream_chat)
+        page = web_demo.build(model, tokenizer, web_demo.parse_arguments(["--temperature", "0", *options]))
+        page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, i18n=web_demo.LABELS)
+        pages.append(page)
+        return SimpleNamespace(url=page.local_url, steps=steps, calls=calls)
+
+    yield serve
+    for page in pages:
+        page.close()
+
+
+def has_ended(served):
+    """True if the model takes no further step."""
+    before = len(served.steps)
+    time.sleep(0.5)
+    return len(served.steps) == before
+
+
+# Talking
+
+
+def test_a_conversation(server, open_chat):
+    """The answer grows on the page, then is the dialogue's; so is the second turn's; a reload begins anew."""
+    chat = open_chat(server)
+    chat.page.evaluate(
+        """() => { window.seen = [];
+        new MutationObserver(() => {
+            const text = document.querySelector('.message.bot:not(.pending)')?.innerText;
+            if (text && text !== window.seen.at(-1)) window.seen.push(text);
+        }).observe(document.body, {subtree: true, childList: true, characterData: true}); }"""
+    )
+    chat.ask(SUN[0][0])
+    chat.shows(SUN[0])
+    seen = chat.page.evaluate("window.seen")
+    assert len(seen) > 3 and all(SUN[0][1].startswith(text) for text in seen)
+    chat.ask(SUN[1][0])
+    chat.shows(*SUN[:2])
+    chat.page.reload()
+    chat.box.wait_for()
+    chat.shows()
+    chat.ask(SPAIN[0][0])
+    chat.shows(SPAIN[0])
+
+
+def test_errors_are_shown_and_the_conversation_stays(server, open_chat):
+    """An empty message and one that is too long say so; what was said before stays, and can be gone on with."""
+    chat = open_chat(server)
+    toast = chat.page.locator(".toast-body")
+    chat.ask(SUN[0][0])
+    chat.shows(SUN[0])
+    chat.ask("  ")
+    toast.get_by_text("Type a message first").wait_for()
+    chat.shows(SUN[0])
+    too_long = "sun " * 1100
+    chat.ask(too_long)
+    toast.get_by_text("pass seq_length=1024").wait_for()
+    chat.wait_until_ready()
+    assert chat.texts("bot") == [SUN[0][1]] and "Traceback" not in chat.page.locator("body").inner_text()
+    chat.page.get_by_label("Edit", exact=True).last.click()
+    chat.page.locator(".edit-textarea").fill(SUN[1][0])
+    chat.press("Submit")
+    chat.shows(*SUN[:2])
+
+
+def test_formulas_are_set_and_html_is_not_run(server, open_chat):
+    """The four kinds of LaTeX delimiters; Markdown; a script and an onerror that do nothing."""
+    chat = open_chat(server)
+    chat.ask(r"\(a\) $b$ $$c$$ \[d\] **e** <script>window.run = 1</script><img src=x onerror='window.run = 2'>")
+    message = chat.page.locator(".message.user")
+    message.locator("strong", has_text="e").wait_for()
+    chat.wait_until_ready()
+    assert message.locator(".katex").count() == 4 and message.locator(".katex-display").count() == 2
+    assert chat.page.evaluate("window.run") is None and message.locator("script, [onerror]").count() == 0
+
+
+@pytest.mark.parametrize("language, label", [("en-US", "Settings"), ("zh-CN", "参数")])
+def test_labels_follow_the_browser_and_nothing_else_is_asked(server, open_chat, language, label):
+    """English and Chinese labels. No request leaves the server: the page works with no network."""
+    chat = open_chat(server, language)
+    chat.page.locator(".label-wrap", has_text=label).wait_for()
+    chat.page.wait_for_load_state("networkidle")
+    assert all(url.startswith((server, "data:", "blob:")) for url in chat.requests), chat.requests
+
+
+# What reaches the model, and when it stops
+
+
+def test_retry_edit_and_clear(serve, open_chat):
+    """A second try asks the same; an edited question drops what came after it; clear forgets all."""
+    served = serve(endless=False, seconds=0)
+    chat = open_chat(served.url)
+    asked = []
+
+    def shows(*turns):
+        asked.append((turns[-1][0], [tuple(turn) for turn in turns[:-1]]))
+        chat.wait_until(lambda: len(served.calls) == len(asked), "not asked")
+        chat.shows(*turns)
+
+    chat.ask(SUN[0][0])
+    shows(SUN[0])
+    chat.ask(SUN[1][0])
+    shows(*SUN[:2])
+    chat.press("Retry")
+    shows(*SUN[:2])
+    chat.press("Edit")
+    chat.page.locator(".edit-textarea").fill(SPAIN[0][0])
+    chat.press("Submit")
+    shows(SPAIN[0])
+    chat.ask(SPAIN[1][0])
+    shows(*SPAIN[:2])
+    chat.press("Clear")
+    chat.shows()
+    chat.ask(SUN[0][0])
+    shows(SUN[0])
+    assert [(query, history) for query, history, _ in served.calls] == asked
+
+
+def test_stop_ends_the_work(serve, open_chat):
+    """Stop ends the model's work and frees its place. What was said stays, and is the next question's history."""
+    served = serve()
+    chat, other = open_chat(served.url), open_chat(served.url)
+    question = "def f():\n    return 1"
+    chat.ask(question)
+    chat.wait_until(lambda: "".join(chat.texts("bot")), "no answer")
+    other.ask(SUN[0][0])
+    other.page.get_by_text("queue: 1/1").wait_for()
+    chat.stop()
+    chat.wait_until_ready()
+    [said] = chat.texts("bot")
+    other.wait_until(lambda: "".join(other.texts("bot")), "the place was not freed")
+    other.stop()
+    other.wait_until_ready()
+    assert has_ended(served) and chat.texts("bot") == [said]
+    chat.ask("more")
+    chat.wait_until(lambda: all(chat.texts("bot")[1:] or [""]), "no second answer")
+    chat.stop()
+    query, history, _ = served.calls[-1]
+    assert query == "more" and [asked for asked, _ in history] == [question] and said in history[0][1]
+    chat.wait_until_ready()
+    chat.press("Retry")
+    chat.wait_until(lambda: len(served.calls) == 4, "not asked again after a stop")
+    assert served.calls[-1][0] == "more"
+
+
+def test_stop_while_waiting(serve, open_chat):
+    """A question that is stopped in the queue is never answered, and does not come up as history."""
+    served = serve()
+    chat, other = open_chat(served.url), open_chat(served.url)
+    chat.ask("hello")
+    chat.wait_until(lambda: served.calls, "not asked")
+    other.ask("never mind")
+    other.page.get_by_text("queue: 1/1").wait_for()
+    other.stop()
+    other.wait_until_ready()
+    chat.stop()
+    other.ask("hello")
+    other.wait_until(lambda: len(served.calls) == 2, "not asked")
+    assert served.calls[1][:2] == ("hello", [])
+
+
+@pytest.mark.parametrize("how", ["clear", "close"])
+def test_leaving_ends_the_work(serve, open_chat, how):
+    """Clear and a closed page end the model's work, too."""
+    served = serve()
+    chat = open_chat(served.url)
+    chat.ask("hello")
+    chat.wait_until(lambda: "".join(chat.texts("bot")), "no answer")
+    {"clear": lambda: chat.press("Clear"), "close": chat.page.close}[how]()
+    until(lambda: has_ended(served), "the model goes on")
+    assert len(served.steps) < 200  # of the 512 that the answer was allowed
+
+
+def test_settings_reach_the_model(serve, open_chat):
+    """The three sliders; at temperature 0 nothing is sampled."""
+    served = serve(endless=False, seconds=0)
+    chat = open_chat(served.url)
+    chat.page.locator(".label-wrap").click()
+    for name, value in (("Temperature", "0.5"), ("Top-p", "0.6"), ("Max new tokens", "7")):
+        field = chat.page.locator(f"input[type=number][aria-label*='{name}']")
+        field.fill(value)
+        field.press("Tab")
+    chat.ask("hello")
+    chat.wait_until(lambda: served.calls and chat.texts("bot"), "no answer")
+    chat.wait_until_ready()
+    chat.page.locator("input[type=number][aria-label*='Temperature']").fill("0")
+    chat.ask("hello")
+    chat.wait_until(lambda: len(served.calls) == 2, "not asked")
+    sampled, greedy = (settings for _, _, settings in served.calls)
+    assert sampled == {"do_sample": True, "temperature": 0.5, "top_p": 0.6, "max_new_tokens": 7}
+    assert greedy == {**sampled, "do_sample": False, "temperature": 0}
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_users_do_not_mix(serve, concurrency):
+    """Two clients at once: with one place in turns, with two side by side; each gets its own answers."""
+    client = pytest.importorskip("gradio_client")
+    served = serve("--concurrency", str(concurrency), endless=False, seconds=0.02)
+    dialogues = [SUN[:2], SPAIN[:2]]
+    clients = [client.Client(served.url, verbose=False) for _ in dialogues]
+    histories = [[], []]
+    for turn in range(2):
+        for history, dialogue in zip(histories, dialogues):
+            history.append({"role": "user", "content": [{"type": "text", "text": dialogue[turn][0]}]})
+        jobs = [c.submit(h, 0, 0.8, 100, api_name="/chat") for c, h in zip(clients, histories)]
+        histories = [job.result(timeout=30) for job in jobs]
+    answers = [[m["content"][0]["text"] for m in history if m["role"] == "assistant"] for history in histories]
+    assert answers == [[answer for _, answer in dialogue] for dialogue in dialogues]
+    switches = sum(a != b for a, b in zip(served.steps, served.steps[1:]))
+    assert switches == 3 if concurrency == 1 else switches > 6
+
+
+def test_a_place_for_nobody_is_refused(serve, capsys):
+    """--concurrency 0 would leave every question in the queue."""
+    with pytest.raises(SystemExit):
+        serve("--concurrency", "0")
+    assert "--concurrency 0 would never answer" in capsys.readouterr().err
+
+
+def take_picture(path):
+    """A dialogue in both languages under Chinese labels, the settings open."""
+    turns = DIALOGUES["what does 半途而废 mean"]
+    with command() as url, chromium() as browser:
+        chat = Chat(browser, url, "zh-CN")
+        for i, (query, _) in enumerate(turns, start=1):
+            chat.ask(query)
+            chat.shows(*turns[:i])
+        chat.page.locator(".label-wrap").click()
+        chat.page.wait_for_timeout(500)  # the settings unfold
+        path.parent.mkdir(exist_ok=True)
+        chat.page.screenshot(path=path)
+
+
+if __name__ == "__main__":
+    take_picture(ROOT / "docs" / "web_demo.png")
