@@ -290,9 +290,10 @@ class ChatMixin:
     def _check_room(self, prompt_length, max_new_tokens):
         limit = self.config.seq_length
         if prompt_length + max_new_tokens > limit:
+            room = limit - prompt_length
             raise ValueError(
                 f"A prompt of {prompt_length} tokens and max_new_tokens={max_new_tokens} pass seq_length={limit}. "
-                f"Shorten the prompt or lower max_new_tokens to {max(limit - prompt_length, 0)}."
+                "Shorten the prompt" + (f" or lower max_new_tokens to {room}." if room > 0 else ".")
             )
 
     # Generation
