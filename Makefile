@@ -1,20 +1,31 @@
 # make chat    a chat with the toy checkpoint, in a virtual environment of its own      make chat ARGS="--quantize 4"
+# make web     the same in the browser                                                   make web ARGS="--port 8080"
 # make test    the tests
+# make tools   the tests with the tools around the model: servers, browser, TRL, lm_eval, llama.cpp; some 500 MB more
 # make lint    ruff, and a look for files over 12 MB
 # make matrix  the tests on every supported release of transformers                    make matrix ARGS="--quick"
 # make tiny    train the toy checkpoint again
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip --quiet --disable-pip-version-check
+LLAMA_CPP = build/llama.cpp
+VLLM = build/vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
-.PHONY: chat test lint matrix tiny
+.PHONY: chat web test tools lint matrix tiny
 .DELETE_ON_ERROR:
 
 chat: $(VENV)/run.txt
 	@$(RUN) cli_demo.py $(ARGS)
 
+web: $(VENV)/web.txt
+	@$(RUN) web_demo.py $(ARGS)
+
 test: $(VENV)/dev.txt
 	$(RUN) -m pytest $(ARGS)
+
+tools: $(VENV)/tools.txt $(LLAMA_CPP) $(VLLM)
+	LLAMA_CPP=$(LLAMA_CPP) VLLM=$(VLLM) $(RUN) -m pytest -m tools $(ARGS)
 
 lint: $(VENV)/dev.txt
 	$(RUN) -m ruff check .
@@ -28,13 +39,29 @@ matrix: $(VENV)/dev.txt
 tiny: $(VENV)/dev.txt
 	$(RUN) examples/tiny/train.py
 
+# llama.cpp's source, for its converter, and vLLM's wheel, for what it reads of a checkpoint
+$(LLAMA_CPP): | $(VENV)/tools.txt
+	@$(PIP) download --no-deps --no-build-isolation --no-binary :all: -d build llama-cpp-python==0.3.36
+	@mkdir -p $@ && tar -xzf build/llama_cpp_python-0.3.36.tar.gz -C $@ --strip-components 3 --wildcards '*/vendor/llama.cpp/*'
+
+$(VLLM): | $(VENV)/tools.txt
+	@$(PIP) download --no-deps -d build vllm==0.33.0
+
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) >&2
 
 $(VENV)/run.txt: requirements.txt constraints.txt | $(VENV)/bin/python
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt >&2
+	@$(PIP) install -c constraints.txt -r requirements.txt >&2
 	@cp requirements.txt $@
 
+$(VENV)/web.txt: $(VENV)/run.txt pyproject.toml
+	@$(PIP) install -c constraints.txt ".[web]" >&2
+	@cp pyproject.toml $@
+
 $(VENV)/dev.txt: requirements-dev.txt requirements.txt constraints.txt | $(VENV)/bin/python
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt >&2
+	@$(PIP) install -c constraints.txt -r requirements-dev.txt >&2
 	@cp requirements-dev.txt $@ && cp requirements.txt $(VENV)/run.txt
+
+$(VENV)/tools.txt: requirements-tools.txt pyproject.toml $(VENV)/dev.txt
+	@$(PIP) install -c constraints.txt -r requirements-tools.txt >&2
+	@cp requirements-tools.txt $@
