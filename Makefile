@@ -45,7 +45,7 @@ $(LLAMA_CPP): | $(VENV)/tools.txt
 	@mkdir -p $@ && tar -xzf build/llama_cpp_python-0.3.36.tar.gz -C $@ --strip-components 3 --wildcards '*/vendor/llama.cpp/*'
 
 $(VLLM): | $(VENV)/tools.txt
-	@$(PIP) download --no-deps -d build vllm==0.33.0
+	@$(PIP) download --no-deps --only-binary :all: --platform manylinux_2_28_x86_64 -d build vllm==0.33.0
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) >&2

@@ -29,6 +29,8 @@ def rust_decoder(vocab, special_tokens):
     Args:
         vocab: token -> id; pieces with "▁" for a space and "<0xE4>" for a byte.
         special_tokens: the tokens of `vocab` that give no text with `skip_special_tokens`.
+
+    Ids beyond `vocab`, of tokens that a user added, give no text.
     """
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens])

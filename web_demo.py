@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A web page to chat with ChatGLM2 weights, or with the toy checkpoint that this repository carries.
 
-    pip install gradio
+    pip install "gradio>=6.31,<7"
     python web_demo.py                                    # the toy checkpoint, at http://127.0.0.1:7860
     python web_demo.py --model ../chatglm2-6b --quantize 4 --host 0.0.0.0
 

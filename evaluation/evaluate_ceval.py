@@ -204,8 +204,8 @@ def write_row(name, row):
     print(f"{name:<42}{row['correct']:>6} of {row['questions']:<6}{row['accuracy']:>7.2f}%", flush=True)
 
 
-def evaluate(judge, folder, split="val", shots=0, reasoning=False, names=None):
-    """The result of a split: for val the scores, for test {subject: {id: letter}}. Prints a line a subject."""
+def read_all(folder, split, shots, names=None):
+    """(questions, examples), each {subject: rows}. Raises ValueError on a bad row, or where `names` or `shots` lack."""
     questions = read_split(folder, split)
     examples = read_split(folder, "dev") if shots else {}
     if unknown := set(names or ()) - set(questions):
@@ -213,10 +213,14 @@ def evaluate(judge, folder, split="val", shots=0, reasoning=False, names=None):
     for subject in names or questions:
         if (rows := len(examples.get(subject, ()))) < shots:
             raise ValueError(f"--shots {shots}: {subject} has {rows} rows in dev. Give so many at most.")
+    return {name: questions[name] for name in names or questions}, examples
+
+
+def evaluate(judge, questions, examples, split="val", shots=0, reasoning=False):
+    """The result of a split: for val the scores, for test {subject: {id: letter}}. Prints a line a subject."""
     choose = judge.reasoned_letters if reasoning else judge.letters
     answers, scores = {}, {}
-    for subject in names or questions:
-        rows = questions[subject]
+    for subject, rows in questions.items():
         letters = choose(rows, examples.get(subject, ())[:shots])
         answers[subject] = {row.id: letter for row, letter in zip(rows, letters)}
         if split == "test":
@@ -260,9 +264,10 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        read_split(args.data, args.split)  # before minutes are spent on loading
+        data = read_all(args.data, args.split, args.shots, args.subjects)  # before minutes are spent on loading
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         judge = Judge(*load_or_exit(args), args.batch_size, args.max_new_tokens)
-        result = evaluate(judge, args.data, args.split, args.shots, args.reasoning, args.subjects)
+        result = evaluate(judge, *data, args.split, args.shots, args.reasoning)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
     if args.split == "val":

@@ -80,18 +80,20 @@ def export(source, target, llama_cpp, outtype="auto"):
     tokenizer = get_class_from_dynamic_module("tokenization_chatglm.ChatGLMTokenizer", str(CODE))
     prefix_ids = tokenizer.from_pretrained(source).get_prefix_tokens()
 
+    unfinished = target.with_name(target.name + ".unfinished")
     with tempfile.TemporaryDirectory() as folder:
         write_source(source, Path(folder), values, "".join(f"[PAD{i}]" for i in prefix_ids))
-        command = [sys.executable, str(converter), folder, "--outfile", str(target), "--outtype", outtype]
+        command = [sys.executable, str(converter), folder, "--outfile", str(unfinished), "--outtype", outtype]
         done = subprocess.run([*command, "--model-name", source.resolve().name], capture_output=True, text=True)
-    if done.returncode or not target.is_file():
+    if done.returncode or not unfinished.is_file():
         raise ValueError(f"{converter.name} failed:\n{done.stderr[-2000:]}")
     sys.path.insert(0, str(llama_cpp / "gguf-py"))
     from gguf import GGUFReader
 
-    types = GGUFReader(target, "r+").get_field("tokenizer.ggml.token_type")
+    types = GGUFReader(unfinished, "r+").get_field("tokenizer.ggml.token_type")
     for i in prefix_ids:
         types.parts[types.data[i]][0] = CONTROL
+    unfinished.rename(target)
     return options
 
 

@@ -25,12 +25,12 @@ def main(arguments=None):
         channel.reconfigure(encoding="utf-8", errors="replace")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = choose_device(args.device)
-    half = torch.bfloat16 if device.type == "cpu" else torch.float16
     try:
+        device = choose_device(args.device)
+        half = torch.bfloat16 if device.type == "cpu" else torch.float16
         tokenizer = load_tokenizer(args.model)
         model = load_finetuned(args.model, args.checkpoint, DTYPES.get(args.dtype, half), args.quantize)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
     settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
     if args.max_new_tokens is not None:

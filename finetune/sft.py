@@ -23,11 +23,31 @@ class DialogueTrainer(UseCacheOnSave, SFTTrainer):
     """SFTTrainer with the config.json of train.py's full method."""
 
 
+def check_options(model_config, training):
+    """Refuse what TRL's arguments offer and this script would pass over in silence."""
+    if model_config.load_in_4bit or model_config.load_in_8bit:
+        raise ValueError(
+            "--load_in_4bit and --load_in_8bit are bitsandbytes': give a folder that was saved with int4 or int8 "
+            "weights, or use finetune/train.py --quantization_bit."
+        )
+    if training.max_length != SFTConfig.__dataclass_fields__["max_length"].default:
+        raise ValueError(
+            f"--max_length {training.max_length}: give --max_source_length and --max_target_length, which say what is "
+            "cut."
+        )
+    for name in ("attn_implementation", "model_revision"):
+        if getattr(model_config, name) != getattr(ModelConfig(), name):
+            raise ValueError(f"--{name} has no meaning here: leave it out.")
+    if not model_config.use_peft and model_config.dtype != ModelConfig().dtype:
+        raise ValueError(f"--dtype {model_config.dtype}: full training holds float32 weights; add --use_peft.")
+
+
 def prepare(model_config, data, training):
     """(trainer, checkpoint to resume from); the data is read before the model."""
     set_seed(training.seed)
     first = training.process_index == 0
     folder = model_config.model_name_or_path
+    check_options(model_config, training)
     checkpoint = check_output(training)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     train_rows = examples(data.train_file, data, tokenizer, config, first)
@@ -61,7 +81,7 @@ def make_parser():
 def main(arguments=None):
     try:
         trainer, checkpoint = prepare(*make_parser().parse_args_into_dataclasses(arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     train(trainer, checkpoint)
 

@@ -297,7 +297,7 @@ def main(arguments=None):
     try:
         model, data, training = make_parser().parse_args_into_dataclasses(arguments)
         trainer, checkpoint = prepare(model, data, training)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     train(trainer, checkpoint)
     if trainer.is_world_process_zero():

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "evaluation"))
-from evaluate_ceval import CONCLUSION, LETTERS, Judge, Question, averages, evaluate, read_split  # noqa: E402
+from evaluate_ceval import CONCLUSION, LETTERS, Judge, Question, averages, evaluate, read_all, read_split  # noqa: E402
 
 EXAMPLE = ROOT / "evaluation" / "example"
 HEADER = "id,question,A,B,C,D,answer\n"
@@ -74,7 +74,9 @@ def test_jsonl_gives_what_csv_gives(make_judge, tmp_path):
         lines = [{"inputs_pretokenized": row.text, "label": LETTERS.index(row.answer)} for row in rows]
         text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n"
         (tmp_path / "val" / "Humanities" / f"{subject}.jsonl").write_text(text, encoding="utf-8")
-    assert evaluate(make_judge(8), tmp_path) == evaluate(make_judge(8), EXAMPLE)
+    assert evaluate(make_judge(8), *read_all(tmp_path, "val", 0)) == evaluate(
+        make_judge(8), *read_all(EXAMPLE, "val", 0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,13 +102,13 @@ def test_a_bad_row_is_named(tmp_path, name, text, message):
         read_split(tmp_path, "val")
 
 
-def test_what_is_missing_is_named(make_judge, tmp_path):
+def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no csv and no jsonl file"):
         read_split(tmp_path, "val")
     with pytest.raises(ValueError, match="--shots 5: college_physics has 2 rows in dev"):
-        evaluate(make_judge(1), EXAMPLE, shots=5)
+        read_all(EXAMPLE, "val", 5)
     with pytest.raises(ValueError, match="val has no subject law; it has college_physics, logic"):
-        evaluate(make_judge(1), EXAMPLE, names=["law"])
+        read_all(EXAMPLE, "val", 0, names=["law"])
 
 
 class Key:
@@ -118,7 +120,7 @@ class Key:
 
 def test_scores(capsys):
     """Accuracy of each subject, category and all, every question counting the same; the table says so."""
-    result = evaluate(Key(), EXAMPLE)
+    result = evaluate(Key(), *read_all(EXAMPLE, "val", 0))
     assert result["subjects"]["college_physics"] == {"questions": 3, "correct": 3, "accuracy": 100.0}
     assert result["subjects"]["logic"] == {"questions": 5, "correct": 0, "accuracy": 0.0}
     assert {name: row["accuracy"] for name, row in result["averages"].items()} == {

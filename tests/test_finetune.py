@@ -177,7 +177,9 @@ def test_each_method_learns_a_new_dialogue(method, dialogue, tmp_path, tokenizer
         assert model.config.use_cache and model.dtype == torch.float32
     else:
         bits = trainer.model.config.quantization_bit
-        assert str(bits) in method or not bits
+        assert bits == {"int4": 4, "int8": 8}.get(method.split()[-1], 0)
+        dense = trainer.model.get_submodule(next(n for n, _ in trainer.model.named_modules() if n.endswith("dense")))
+        assert getattr(dense, "base_layer", dense).weight.dtype == (torch.int8 if bits else torch.float32)
         model = checkpoints.load_finetuned(TINY, tmp_path / "out", torch.float32, bits)
     assert answer(model, tokenizer) == ANSWER
 
@@ -349,6 +351,20 @@ def run(script, *arguments, text=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, str(FOLDER / script), *arguments]
     return subprocess.run(command, input=text, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(
+    "option", ["--load_in_4bit", "--max_length 20", "--attn_implementation eager", "--dtype float16"]
+)
+def test_what_trl_offers_and_sft_has_not_is_refused(option, tmp_path):
+    """Nothing of TRL's arguments is passed over in silence: the option is named, before the model is loaded."""
+    sys.path.append(str(FOLDER))
+    import sft
+
+    arguments = ["--model_name_or_path", str(TINY), "--train_file", str(FOLDER / "messages.jsonl"), "--use_cpu"]
+    with pytest.raises(SystemExit, match=option.split()[0]):
+        sft.main([*arguments, "--output_dir", str(tmp_path / "out"), *option.split()])
 
 
 @pytest.mark.tools

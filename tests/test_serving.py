@@ -21,7 +21,8 @@ ANSWERS = {
     "谢谢": "不客气，很高兴能帮上忙。",
     "再见": "再见！祝你一路平安，下次再聊。",
 }
-NO_END = {"2": -100.0}  # a logit_bias that forbids </s>: an answer that goes on as long as it may
+# An answer that goes on as long as it may: </s> does not end it, and no token that does is ever made.
+ENDLESS = {"max_tokens": 100_000, "extra_body": {"generation_config": '{"eos_token_id": 1604, "pad_token_id": 0}'}}
 
 
 def wait_until_healthy(url, process, log, seconds=90):
@@ -34,18 +35,34 @@ def wait_until_healthy(url, process, log, seconds=90):
     raise TimeoutError(f"{url} did not answer within {seconds} s: {log.read_text()[-3000:]}")
 
 
-@pytest.fixture(scope="module", params=[(), ("--continuous-batching", "--cb-num-blocks", "16")], ids=["plain", "paged"])
-def server(request, tmp_path_factory):
-    """Base URL of `transformers serve` on the toy; the paged one has room for 16 blocks, about one long answer."""
+PAGED = ("--continuous-batching", "--cb-num-blocks", "16")  # little room: two endless answers use it up
+
+
+@pytest.fixture(scope="module", params=[(0, ()), (0, PAGED), (4, ())], ids=["plain", "paged", "int4"])
+def folder_and_options(request, tmp_path_factory):
+    """The toy, or the folder of its int4 weights, and options of the server."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    bits, options = request.param
+    if not bits:
+        return TINY, options
+    folder = tmp_path_factory.mktemp("quantized")
+    AutoModelForCausalLM.from_pretrained(TINY, trust_remote_code=True).quantize(bits).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY, trust_remote_code=True).save_pretrained(folder)
+    return folder, options
+
+
+@pytest.fixture(scope="module")
+def server(folder_and_options, tmp_path_factory):
+    """Base URL of `transformers serve`."""
+    folder, options = folder_and_options
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
-    command = [TRANSFORMERS, "serve", TINY, "--trust-remote-code", "--device", "cpu", "--port", str(port)]
+    command = [TRANSFORMERS, "serve", folder, "--trust-remote-code", "--device", "cpu", "--port", str(port)]
     with log.open("w") as f:
-        process = subprocess.Popen(
-            [*command, *request.param], stdout=f, stderr=f, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        process = subprocess.Popen([*command, *options], stdout=f, stderr=f, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         wait_until_healthy(f"http://localhost:{port}/health", process, log)
         yield f"http://localhost:{port}/v1"
@@ -55,10 +72,11 @@ def server(request, tmp_path_factory):
 
 
 @pytest.fixture
-def client(server):
+def client(server, folder_and_options):
     import openai
 
     with openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=30) as client:
+        client.folder = folder_and_options[0]
         yield client
 
 
@@ -66,7 +84,7 @@ def ask(client, *messages, **settings):
     """A greedy chat completion of messages that a user and the assistant take turns in."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
     settings = {"max_tokens": 64, "temperature": 0, **settings}
-    return client.chat.completions.create(model=str(TINY), messages=messages, **settings)
+    return client.chat.completions.create(model=str(client.folder), messages=messages, **settings)
 
 
 def test_chat_completion(client):
@@ -76,10 +94,13 @@ def test_chat_completion(client):
     assert reply.usage.prompt_tokens == 18 and reply.usage.completion_tokens == 23
 
 
-def test_second_round(client, tokenizer, tiny_model):
+def test_second_round(client, tokenizer):
     """The messages become ChatGLM's rounds: the second answer is that of chat() with the same history."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(client.folder, trust_remote_code=True)
     history = [("谢谢", ANSWERS["谢谢"])]
-    expected, _ = tiny_model.chat(tokenizer, "再见", history=history, do_sample=False, max_length=512)
+    expected, _ = model.chat(tokenizer, "再见", history=history, do_sample=False, max_length=512)
     assert ask(client, "谢谢", ANSWERS["谢谢"], "再见").choices[0].message.content == expected
 
 
@@ -105,8 +126,8 @@ def test_several_clients_at_once(client):
 def test_client_that_goes_away_frees_its_slot(client):
     """Three clients leave answers that would go on for minutes; the next one is served at once."""
     for _ in range(3):
-        with ask(client, "你好", stream=True, max_tokens=100_000, logit_bias=NO_END) as stream:
-            for _, _chunk in zip(range(5), stream):
+        with ask(client, "你好", stream=True, **ENDLESS) as stream:
+            for _, _chunk in zip(range(60), stream):  # past the 23 tokens of the answer that it knows
                 pass
     start = time.monotonic()
     assert ask(client, "谢谢").choices[0].message.content == ANSWERS["谢谢"]
@@ -119,10 +140,10 @@ def test_too_long_answer_is_cut(client):
     assert reply.choices[0].finish_reason == "length" and reply.choices[0].message.content == "你好！"
 
 
-def test_transformers_chat(server, tmp_path):
+def test_transformers_chat(server, folder_and_options, tmp_path):
     """`transformers chat` talks to the server: the answer stands in the terminal."""
     done = subprocess.run(
-        [TRANSFORMERS, "chat", TINY, server, "do_sample=False"],
+        [TRANSFORMERS, "chat", folder_and_options[0], server, "do_sample=False"],
         input="再见\n!exit\n",
         capture_output=True,
         text=True,

@@ -76,6 +76,12 @@ def test_vllm_finds_the_architecture(source):
     assert all(f'"{name}": ("chatglm", "ChatGLMForCausalLM")' in registry for name in names)
 
 
+def test_vllm_takes_the_documented_options(source):
+    """README's `vllm serve FOLDER --trust-remote-code`."""
+    options = source("vllm/engine/arg_utils.py")
+    assert '"--trust-remote-code"' in options
+
+
 def test_vllm_streams_the_tokenizers_text(source, vllm_tokenizer):
     """vLLM's incremental detokenization of a reply with spaces, newlines and characters spelled in bytes."""
     fake = types.ModuleType("vllm.tokenizers")

@@ -352,6 +352,8 @@ def test_leaving_ends_the_work(serve, open_chat, how):
     {"clear": lambda: chat.press("Clear"), "close": chat.page.close}[how]()
     until(lambda: has_ended(served), "the model goes on")
     assert len(served.steps) < 200  # of the 512 that the answer was allowed
+    if how == "clear":
+        chat.shows()
 
 
 def test_settings_reach_the_model(serve, open_chat):
