@@ -5,11 +5,12 @@ Shapes stand at line ends:
     H query heads, G key/value groups, D channels of a head, R = D / 2 rotated channels, P prefix tokens.
 
 Hugging Face's loader copies the siblings that this file names, and not what those name in turn. So that it finds the
-kernels of `quantization`, they stand here, where it reads too:
+kernels of `quantization`, and what `configuration_chatglm` needs, they stand here, where it reads too:
     from .quantization_cpm import linear
     from .quantization_cpu import linear
     from .quantization_cpu_source import source
     from .quantization_triton import linear
+    from .serving_chatglm import lend_architectures
 """
 
 from functools import partial
