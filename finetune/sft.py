@@ -10,13 +10,12 @@ finds them tokenized: its own way takes a dialogue's end from the template's tex
 model would not learn to stop.
 """
 
-import argparse
-
-from checkpoints import load_config, load_model, load_tokenizer
+from checkpoints import load_model
 from datasets import Dataset
-from train import LAYERS, DataArguments, EndAtNan, UseCacheOnSave, check_output, examples, train, trained_in_full
-from transformers import HfArgumentParser, set_seed
+from train import LAYERS, DataArguments, EndAtNan, UseCacheOnSave, begin, parse, train, trained_in_full
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+ARGUMENTS = (ModelConfig, DataArguments, SFTConfig)
 
 
 class DialogueTrainer(UseCacheOnSave, SFTTrainer):
@@ -44,14 +43,9 @@ def check_options(model_config, training):
 
 def prepare(model_config, data, training):
     """(trainer, checkpoint to resume from); the data is read before the model."""
-    set_seed(training.seed)
-    first = training.process_index == 0
     folder = model_config.model_name_or_path
     check_options(model_config, training)
-    checkpoint = check_output(training)
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
-    train_rows = examples(data.train_file, data, tokenizer, config, first)
-    eval_rows = examples(data.validation_file, data, tokenizer, config, first) if data.validation_file else None
+    checkpoint, tokenizer, train_rows, eval_rows = begin(folder, data, training)
     training.max_length = None  # make_examples has cut them
     model_config.lora_target_modules = model_config.lora_target_modules or LAYERS
     if model_config.use_peft:
@@ -70,17 +64,9 @@ def prepare(model_config, data, training):
     return trainer, checkpoint
 
 
-def make_parser():
-    return HfArgumentParser(
-        (ModelConfig, DataArguments, SFTConfig),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def main(arguments=None):
     try:
-        trainer, checkpoint = prepare(*make_parser().parse_args_into_dataclasses(arguments))
+        trainer, checkpoint = prepare(*parse(arguments, __doc__, ARGUMENTS))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     train(trainer, checkpoint)

@@ -246,18 +246,24 @@ def draw_loss(history, path):
     pyplot.close(figure)
 
 
+def begin(folder, data, training):
+    """What comes before the model: (checkpoint to resume from, tokenizer, rows to train on, rows to validate on)."""
+    set_seed(training.seed)
+    first = training.process_index == 0
+    checkpoint = check_output(training)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    train_rows = examples(data.train_file, data, tokenizer, config, first)
+    eval_rows = examples(data.validation_file, data, tokenizer, config, first) if data.validation_file else None
+    return checkpoint, tokenizer, train_rows, eval_rows
+
+
 def prepare(arguments, data, training):
     """(trainer, checkpoint to resume from): everything that can be wrong is found here, the data before the model."""
     if training.learning_rate is None:
         training.learning_rate = LEARNING_RATES[arguments.method]
-    set_seed(training.seed)
-    first = training.process_index == 0
-    checkpoint = check_output(training)
-    config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
-    train_rows = examples(data.train_file, data, tokenizer, config, first)
-    eval_rows = examples(data.validation_file, data, tokenizer, config, first) if data.validation_file else None
+    checkpoint, tokenizer, train_rows, eval_rows = begin(arguments.model_name_or_path, data, training)
     model = build_model(arguments, training, tokenizer)
-    if first:
+    if training.process_index == 0:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{arguments.method}: {trained:,} parameters are trained")
     trainer = TRAINERS[arguments.method](
@@ -285,17 +291,18 @@ def train(trainer, checkpoint=None):
         print("no loss.png: matplotlib is not installed; the figures are in trainer_state.json")
 
 
-def make_parser():
-    return HfArgumentParser(
-        (ModelArguments, DataArguments, FineTuningArguments),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+ARGUMENTS = (ModelArguments, DataArguments, FineTuningArguments)
+
+
+def parse(arguments, description, classes):
+    """One object of each dataclass, from the command line or from `arguments`."""
+    parser = HfArgumentParser(classes, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return parser.parse_args_into_dataclasses(arguments)
 
 
 def main(arguments=None):
     try:
-        model, data, training = make_parser().parse_args_into_dataclasses(arguments)
+        model, data, training = parse(arguments, __doc__, ARGUMENTS)
         trainer, checkpoint = prepare(model, data, training)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

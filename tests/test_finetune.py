@@ -126,7 +126,7 @@ def dialogue(tmp_path_factory):
 def prepare(file, output, *arguments):
     """train.py up to the training itself: (trainer, checkpoint)."""
     common = ["--train_file", str(file), "--output_dir", str(output), "--use_cpu", "--disable_tqdm", "true"]
-    return train.prepare(*train.make_parser().parse_args_into_dataclasses([*common, *arguments]))
+    return train.prepare(*train.parse([*common, *arguments], train.__doc__, train.ARGUMENTS))
 
 
 def losses(trainer):
@@ -428,7 +428,7 @@ def test_sft_trainer_takes_the_labels_as_they_are(tmp_path):
     pytest.importorskip("trl")
     sft = importlib.import_module("sft")
     options = ["--model_name_or_path", str(TINY), "--train_file", str(FOLDER / "messages.jsonl"), "--use_cpu"]
-    parsed = sft.make_parser().parse_args_into_dataclasses([*options, "--output_dir", str(tmp_path)])
+    parsed = sft.parse([*options, "--output_dir", str(tmp_path)], sft.__doc__, sft.ARGUMENTS)
     trainer, _ = sft.prepare(*parsed)
     batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
     rows = rows_of(checkpoints.load_tokenizer(TINY), FOLDER / "messages.jsonl").rows
