@@ -16,8 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from to_glm import CODE, refusals
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from to_glm import CODE, chat_template, check_source, code, refusals
 
 REPOSITORY = "THUDM/chatglm3-6b"
 CONTROL = 3  # GGUF's type of a token that only a template spells
@@ -46,10 +45,7 @@ def write_source(source, folder, config, prefix):
     auto_map = json.loads((CODE / "config.json").read_text(encoding="utf-8"))["auto_map"]
     values = {**config, "_name_or_path": REPOSITORY, "architectures": ["ChatGLMModel"], "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    template = source / "chat_template.jinja"
-    template = template if template.is_file() else CODE / "chat_template.jinja"
-    text = prefix + template.read_text(encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(prefix + chat_template(source), encoding="utf-8")
 
 
 def export(source, target, llama_cpp, outtype="auto"):
@@ -65,19 +61,18 @@ def export(source, target, llama_cpp, outtype="auto"):
     converter = llama_cpp / "convert_hf_to_gguf.py"
     if not converter.is_file():
         raise ValueError(f"{llama_cpp} has no {converter.name}. Give --llama-cpp the folder of llama.cpp's source.")
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json. Give the folder that holds the weights and tokenizer.model.")
+    check_source(source)
     if target.exists():
         raise ValueError(f"{target} is there already: nothing is overwritten.")
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config = get_class_from_dynamic_module("configuration_chatglm.ChatGLMConfig", str(CODE))(**values)
+    config = code("configuration_chatglm.ChatGLMConfig")(**values)
     if problems := gguf_refusals(config):
         raise ValueError("\n".join(problems))
     options = ""
     if config.rope_ratio_type == "linear" and config.rope_ratio != 1:  # the converter would take it for "base"
         options = f"--rope-scaling linear --rope-scale {config.rope_ratio:g}"
         values["rope_ratio"] = 1
-    tokenizer = get_class_from_dynamic_module("tokenization_chatglm.ChatGLMTokenizer", str(CODE))
+    tokenizer = code("tokenization_chatglm.ChatGLMTokenizer")
     prefix_ids = tokenizer.from_pretrained(source).get_prefix_tokens()
 
     unfinished = target.with_name(target.name + ".unfinished")

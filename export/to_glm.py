@@ -27,6 +27,22 @@ CODE = Path(__file__).resolve().parent.parent
 SHARD = "2GB"  # what is held in memory at a time
 
 
+def code(reference):
+    """A class or function of this repository, as "modeling_chatglm.ChatGLMModel"."""
+    return get_class_from_dynamic_module(reference, str(CODE))
+
+
+def check_source(source):
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} has no config.json. Give the folder that holds the weights and tokenizer.model.")
+
+
+def chat_template(source):
+    """Text of the folder's chat template, or of this repository's where the folder has none."""
+    path = source / "chat_template.jinja"
+    return (path if path.is_file() else CODE / path.name).read_text(encoding="utf-8")
+
+
 # ---- the network ----------------------------------------------------------------------------------------------------
 
 NAMES = {  # of the modules, GLM's and ours; q_proj, k_proj and v_proj are rows of the one query_key_value
@@ -115,8 +131,7 @@ def dequantized(model):
         if scale is None:
             return state[name]
         bits = model.get_submodule(name.rpartition(".")[0]).bits
-        dequantize_weight = get_class_from_dynamic_module("quantization.dequantize_weight", str(CODE))
-        return dequantize_weight(state[name], scale, bits)
+        return code("quantization.dequantize_weight")(state[name], scale, bits)
 
     return get
 
@@ -141,7 +156,7 @@ GMASK, SOP = "\ufdd0", "\ufdd1"
 PREFIX = "[gMASK]sop"
 
 
-def glm_tokenizer(tokenizer, chat_template):
+def glm_tokenizer(tokenizer, template):
     """A stock fast tokenizer with the ids of our `tokenizer`, a ChatGLMTokenizer.
 
     Two differences: a text that begins with "[gMASK]sop" begins with these two ids, which is how a rendered chat
@@ -189,7 +204,7 @@ def glm_tokenizer(tokenizer, chat_template):
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=tokenizer.model_max_length,
-        chat_template=PREFIX + chat_template,
+        chat_template=PREFIX + template,
     )
 
 
@@ -198,8 +213,8 @@ def glm_tokenizer(tokenizer, chat_template):
 
 def load(source):
     """(model, tokenizer) of the folder `source` by the code of this repository; the weights stay mapped from disk."""
-    model_class = get_class_from_dynamic_module("modeling_chatglm.ChatGLMForConditionalGeneration", str(CODE))
-    tokenizer_class = get_class_from_dynamic_module("tokenization_chatglm.ChatGLMTokenizer", str(CODE))
+    model_class = code("modeling_chatglm.ChatGLMForConditionalGeneration")
+    tokenizer_class = code("tokenization_chatglm.ChatGLMTokenizer")
     config = model_class.config_class.from_pretrained(source)
     glm_config(config)  # what cannot be written is said before anything is read
     model, report = model_class.from_pretrained(source, config=config, torch_dtype="auto", output_loading_info=True)
@@ -218,8 +233,7 @@ def export(source, target, max_shard_size=SHARD):
         ValueError: GLM cannot express the model, tensors are missing, or `target` holds files already.
     """
     source, target = Path(source), Path(target)
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json. Give the folder that holds the weights and tokenizer.model.")
+    check_source(source)
     if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty. Give a new folder: nothing is overwritten.")
     model, tokenizer = load(source)
@@ -239,9 +253,7 @@ def export(source, target, max_shard_size=SHARD):
     setattr(glm.config, "dtype" if hasattr(glm.config, "dtype") else "torch_dtype", model.dtype)
     glm.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
-    template = source / "chat_template.jinja"
-    template = template if template.is_file() else CODE / "chat_template.jinja"
-    glm_tokenizer(tokenizer, template.read_text(encoding="utf-8")).save_pretrained(target)
+    glm_tokenizer(tokenizer, chat_template(source)).save_pretrained(target)
     settings = target / "tokenizer_config.json"
     values = json.loads(settings.read_text(encoding="utf-8"))
     values["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every release of transformers knows
