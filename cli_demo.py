@@ -45,6 +45,14 @@ def chat_parser(description):
     return parser
 
 
+def sampling(args):
+    """The arguments of stream_chat that these options stand for."""
+    settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
+    if args.max_new_tokens is not None:
+        settings["max_new_tokens"] = args.max_new_tokens
+    return settings
+
+
 def parse_arguments(arguments=None):
     parser = chat_parser(__doc__)
     parser.add_argument("--seed", type=int, default=None, help="make sampled answers repeatable")
@@ -144,11 +152,8 @@ def main(arguments=None):
         channel.reconfigure(encoding="utf-8", errors="replace")
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
-    if args.max_new_tokens is not None:
-        settings["max_new_tokens"] = args.max_new_tokens
     model, tokenizer = load_or_exit(args)
-    conversation = Conversation(model, tokenizer, **settings)
+    conversation = Conversation(model, tokenizer, **sampling(args))
     if not sys.stdin.isatty():
         return talk(conversation, input, interactive=False)
     try:

@@ -14,7 +14,7 @@ from checkpoints import CODE, load_finetuned, load_tokenizer
 from transformers.utils import logging
 
 sys.path.insert(0, str(CODE))
-from cli_demo import DTYPES, Conversation, chat_parser, choose_device, talk  # noqa: E402
+from cli_demo import DTYPES, Conversation, chat_parser, choose_device, sampling, talk  # noqa: E402
 
 
 def main(arguments=None):
@@ -32,10 +32,7 @@ def main(arguments=None):
         model = load_finetuned(args.model, args.checkpoint, DTYPES.get(args.dtype, half), args.quantize)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
-    settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
-    if args.max_new_tokens is not None:
-        settings["max_new_tokens"] = args.max_new_tokens
-    conversation = Conversation(model.to(device).eval(), tokenizer, **settings)
+    conversation = Conversation(model.to(device).eval(), tokenizer, **sampling(args))
     interactive = sys.stdin.isatty()
     talk(conversation, lambda: input("\n> ") if interactive else input(), interactive)
 
