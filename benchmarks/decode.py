@@ -30,13 +30,13 @@ def arguments(parser):
     parser.add_argument("--compiled", action="store_true", help="static caches and torch.compile, for both")
 
 
-def step(model, cache, compiled=None):
-    """Work that decodes one more token."""
+def step(model, cache):
+    """Work that decodes one more token; `model` may be compiled."""
     token = torch.tensor([[5]], device=model.device)
 
     @torch.no_grad()
     def work():
-        (compiled or model)(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, past_key_values=cache, use_cache=True)
 
     return work
 
@@ -47,15 +47,15 @@ def run(args):
     limits = machine(dtype, args.device)
     works = {}
     for name, contender in contenders(model).items():
-        compiled = None
+        called = contender
         if args.compiled:
             mode = "reduce-overhead" if torch.device(args.device).type == "cuda" else None
-            compiled = torch.compile(contender, fullgraph=True, mode=mode)
+            called = torch.compile(contender, fullgraph=True, mode=mode)
         for context in args.contexts:
             cache = None
             if args.compiled:
                 cache = StaticCache(config=contender.config, max_cache_len=context + args.rounds + 8)
-            works[context, name] = step(contender, filled_cache(contender, context, cache=cache), compiled)
+            works[context, name] = step(called, filled_cache(contender, context, cache=cache))
     times = in_turns(works, args.rounds, args.device, warmup=3)
     rows = []
     for context in args.contexts:
