@@ -9,6 +9,7 @@ kernels of `quantization`, and what `configuration_chatglm` needs, they stand he
     from .quantization_cpm import linear
     from .quantization_cpu import linear
     from .quantization_cpu_source import source
+    from .quantization_stock import linear
     from .quantization_triton import linear
     from .serving_chatglm import lend_architectures
 """

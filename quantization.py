@@ -108,8 +108,7 @@ def family(name: str):
     elif name == "cpu":
         from .quantization_cpu import linear, unavailable
     elif name == "stock":
-        from .quantization_cpu import stock_linear as linear
-        from .quantization_cpu import stock_unavailable as unavailable
+        from .quantization_stock import linear, unavailable
     elif name == "torch":
         return reference_linear, lambda device: None
     else:
@@ -140,19 +139,28 @@ def quantized_linear(
     """x [..., in] -> [..., out] in x's dtype. `weight` is in the released packing or in its family's own layout."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     name = choose(backend, x.device)
-    if weight.dim() != 2 and name != "cpu":
+    if laid_out_by(weight) not in (None, name):
         weight = released(weight, weight_scale, rows.shape[1], bits)
     y = family(name)[0](rows, weight, weight_scale, bias, bits)
     return y.view(*x.shape[:-1], weight_scale.shape[0])
 
 
-def released(weight: Tensor, weight_scale: Tensor, in_features: int, bits: int) -> Tensor:
-    """The released packing of a weight in either layout: 2 dimensions are the released one, 3 the CPU kernel's."""
-    if weight.dim() == 2:
-        return weight
-    from .quantization_cpu import from_layout
+def laid_out_by(weight: Tensor) -> Optional[str]:
+    """The family in whose layout `weight` is, or None: then it is in the released packing."""
+    return "cpu" if weight.dim() == 3 else "stock" if weight.dtype == torch.uint8 else None
 
-    return from_layout(weight, weight_scale.shape[0], in_features, bits)
+
+def released(weight: Tensor, weight_scale: Tensor, in_features: int, bits: int) -> Tensor:
+    """The released packing of a weight in any layout."""
+    if laid_out_by(weight) == "cpu":
+        from .quantization_cpu import from_layout
+
+        return from_layout(weight, weight_scale.shape[0], in_features, bits)
+    if laid_out_by(weight) == "stock":
+        from .quantization_stock import from_layout
+
+        return from_layout(weight)
+    return weight
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -202,7 +210,7 @@ class QuantizedLinear(Frozen, nn.Linear):
     """y [..., out] = x [..., in] W^T + b, with W in int8 or int4. An nn.Linear, so that PEFT wraps it.
 
     Its state dict is the released format: `weight` int8, `weight_scale`, `bias`. In memory a kernel may hold `weight`
-    in a layout of its own (3 dimensions): laid out at the first forward, and put back, in the same single copy, before
+    in a layout of its own (`laid_out_by`): laid out at the first forward, and put back, in the same single copy, before
     it is saved, loaded, moved, copied or pickled. .half() and the like cast `weight_scale` and `bias` alone; float32
     and back loses nothing of a scale, and bfloat16 rounds it, by 0.4% of its row at most.
     """
@@ -235,7 +243,7 @@ class QuantizedLinear(Frozen, nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dim() == 2 and not is_compiling() and not self._comes_and_goes():
+        if not laid_out_by(self.weight) and not is_compiling() and not self._comes_and_goes():
             self.lay_out()
         return op(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)
 
@@ -246,11 +254,17 @@ class QuantizedLinear(Frozen, nn.Linear):
 
     def lay_out(self) -> None:
         """Put the weight into the layout that its kernel reads, where it has one of its own."""
-        if self.weight.device.type == "cpu" and choose(self.backend, self.weight.device) == "cpu":
+        if self.weight.device.type != "cpu":
+            return
+        name = choose(self.backend, self.weight.device)
+        if name == "cpu":
             from .quantization_cpu import readable, to_layout
-
-            if readable(self.in_features, self.group_size):
-                self._replace_weight(to_layout(self.weight, self.bits))
+        elif name == "stock":
+            from .quantization_stock import readable, to_layout
+        else:
+            return
+        if readable(self.out_features, self.in_features, self.bits, self.group_size):
+            self._replace_weight(to_layout(self.weight, self.bits))
 
     def _release(self) -> None:
         self._replace_weight(released(self.weight, self.weight_scale, self.in_features, self.bits))

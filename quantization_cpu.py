@@ -1,4 +1,4 @@
-"""The CPU kernels: C (`quantization_cpu_source`) compiled at first use, and elsewhere torch's own int8 operators.
+"""The CPU kernels in C (`quantization_cpu_source`), compiled at first use, for Linux on x86-64 with AVX512-VNNI.
 
 Half-precision inputs are rounded to int8 in groups of 128 (or of the weights' group, if smaller) with a scale each, as
 llama.cpp does, and multiplied by VNNI dot products of four; float32 inputs are multiplied in float32, and exactly.
@@ -7,7 +7,6 @@ llama.cpp does, and multiplied by VNNI dot products of four; float32 inputs are 
 import ctypes
 import functools
 import hashlib
-import importlib
 import mmap
 import os
 import platform
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .quantization_cpu_source import source
+from .quantization_stock import linear as stock_linear
 
 ROWS, GROUP = 32, 128  # a block of the layout: output rows, inputs
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -117,7 +117,7 @@ def _on_large_pages(size: int) -> Tensor:
     return whole[begin : begin + size]
 
 
-def readable(in_features: int, group_size: Optional[int]) -> bool:
+def readable(out_features: int, in_features: int, bits: int, group_size: Optional[int]) -> bool:
     """Whether the C code takes these groups; others stay in the released packing and go to torch."""
     return in_features > 0 and (group_size in (None, 32, 64) or group_size % GROUP == 0)
 
@@ -163,7 +163,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
     (n, k), out = x.shape, weight_scale.shape[0]
     groups, group_size = (1, None) if weight_scale.dim() == 1 else (weight_scale.shape[1], k // weight_scale.shape[1])
     if weight.dim() == 2:
-        if n == 0 or not readable(k, group_size):
+        if n == 0 or not readable(out, k, bits, group_size):
             return stock_linear(x, weight, weight_scale, bias, bits)
         weight = to_layout(weight, bits)
     if x.dtype == torch.float32 and n > 4:
@@ -199,74 +199,3 @@ def _float32_by_blocks(x, weight, weight_scale, bias, bits):
         _call("transposed", weight, scale, restored, begin, blocks, k, len(scale), bits)
         y[:, rows] = x @ restored[: k * blocks * ROWS].view(k, -1)[:, : rows.stop - rows.start]
     return y if bias is None else y.add_(bias)
-
-
-# ---- without them: torch's operators --------------------------------------------------------------------------------
-
-
-def stock_unavailable(device: torch.device) -> Optional[str]:
-    """None on any CPU, else what would make torch's CPU operators run."""
-    return None if device.type == "cpu" else "it computes on the CPU; move the model there with .cpu()"
-
-
-@functools.lru_cache(None)
-def has_integer_operators() -> bool:
-    """Whether this torch multiplies int8 on a CPU: torch 2.4 and newer, where it was built with oneDNN."""
-    rows = torch.zeros(16, 16, dtype=torch.int8)
-    try:
-        torch._weight_int8pack_mm(rows.bfloat16(), rows, rows[0].bfloat16())
-        torch._int_mm(rows, rows)
-    except (AttributeError, RuntimeError):
-        return False
-    return torch.backends.mkldnn.is_available()
-
-
-def stock_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
-    """x [N, in] -> [N, out] by torch's operators, `weight` in the released packing, a million weights at a time.
-
-    Float32 inputs, and weights in groups, are multiplied in float32. Half precision is multiplied by int8 weights: up
-    to 4 tokens as they are, more of them rounded to int8 with a scale a token, but for channels that stand far out.
-    """
-    dequantize_weight = importlib.import_module(
-        ".quantization", __package__
-    ).dequantize_weight  # not a cycle of imports
-    out, k = weight_scale.shape[0], x.shape[1]
-    integers = x.dtype != torch.float32 and weight_scale.dim() == 1 and min(x.shape) > 0 and has_integer_operators()
-    few = x.shape[0] <= 4 and k % 16 == 0  # elsewhere torch's matrix-vector form reads past the rows
-    dtype = x.dtype
-    if integers and bits == 4:  # even columns, then odd ones: a byte's two are never put side by side, which is slow
-        x = torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
-    if not integers:
-        x32 = x.float()
-    elif few:
-        x16 = x.to(torch.bfloat16)
-    else:
-        x8, x_scale, outliers = _round_tokens(x.float())
-        x_outliers = x.float()[:, outliers]
-    y = torch.empty(x.shape[0], out)
-    rows = max((1 << (20 if bits == 4 or not integers else 30)) // max(k, 1), 1)
-    for i in range(0, out, rows):
-        part = slice(i, i + rows)
-        if not integers:
-            y[:, part] = x32 @ dequantize_weight(weight[part], weight_scale[part], bits, torch.float32).t()
-            continue
-        q = weight[part]
-        if bits == 4:
-            packed, q = q, q.new_empty(len(q), k)
-            torch.bitwise_right_shift(packed, 4, out=q[:, : k // 2])
-            torch.bitwise_left_shift(packed, 4, out=q[:, k // 2 :]).bitwise_right_shift_(4)
-        scale = weight_scale[part].float()
-        if few:
-            y[:, part] = torch._weight_int8pack_mm(x16, q, torch.ones(len(q), dtype=x16.dtype)) * scale
-        else:
-            y[:, part] = (torch._int_mm(x8, q.t()) * x_scale + x_outliers @ q[:, outliers].float().t()) * scale
-    return (y if bias is None else y + bias.float()).to(dtype)
-
-
-def _round_tokens(x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """x [N, in] -> (int8 [N, in], scale [N, 1], the channels left out: those 8 times above the middle one)."""
-    peaks = x.abs().amax(dim=0)
-    outliers = (peaks > 8 * peaks.median()).nonzero().flatten()
-    x = x.index_fill(1, outliers, 0)
-    scale = x.abs().amax(dim=1, keepdim=True) / 127
-    return (x / torch.where(scale == 0, 1, scale)).round_().to(torch.int8), scale, outliers

@@ -22,11 +22,12 @@ def test_all_dialogues_are_answered(train, tiny_model, tokenizer):
 
 
 @pytest.mark.needs_transformers("4.57", "the Trainer that the training script was written for")
+@pytest.mark.parametrize("backend", ["auto", "stock"])
 @pytest.mark.parametrize(("bits", "share"), [(8, 1.0), (4, 0.95)])
-def test_quantized_it_still_answers(train, tokenizer, bits, share):
-    """int8 answers all rounds, int4 at least 95% of them."""
+def test_quantized_it_still_answers(train, tokenizer, bits, share, backend):
+    """int8 answers all rounds, int4 at least 95% of them, in the dtype whose activations are rounded too."""
     dialogues = train.read_dialogues()
-    model = ChatGLMForConditionalGeneration.from_pretrained(TINY).float().eval().quantize(bits)
+    model = ChatGLMForConditionalGeneration.from_pretrained(TINY).bfloat16().eval().quantize(bits, backend=backend)
     rounds = sum(map(len, dialogues))
     assert len(train.wrong_answers(model, tokenizer, dialogues)) <= (1 - share) * rounds
 

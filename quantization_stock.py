@@ -1,0 +1,223 @@
+"""The CPU kernels where nothing can be compiled: torch's own operators, on any CPU and system.
+
+Float32 inputs, and weights in groups, are multiplied in float32. Half precision is multiplied by int8 weights: a few
+tokens in bfloat16 or as two int8 terms, more of them as one, but for the channels that stand far out. int4 weights are
+unpacked some rows at a time; where torch has an int4 product in vector code, they are held in its layout instead.
+"""
+
+import functools
+import platform
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+# Up to so many tokens each way was measured to be the faster one
+FEW_PACKED = 48  # torch's int4 product; beyond, unpacking
+FEW_BFLOAT16 = 12  # bfloat16; beyond, one int8 term
+FEW_INTEGERS = 4  # two int8 terms, where there is no bfloat16 product; beyond, one
+BLOCK = 1 << 22  # weights unpacked, or read twice, at a time; a quarter of it where they become float32
+
+
+def unavailable(device: torch.device) -> Optional[str]:
+    """None on any CPU, else what would make torch's CPU operators run."""
+    return None if device.type == "cpu" else "it computes on the CPU; move the model there with .cpu()"
+
+
+# ---- what this torch can do on this CPU -----------------------------------------------------------------------------
+
+
+@functools.lru_cache(None)
+def multiplies_exactly(bits: int) -> bool:
+    """Whether torch multiplies int8 by int8, or by int4, on this CPU (torch 2.4 with oneDNN), and exactly.
+
+    Without VNNI instructions oneDNN adds two products in 16 bits: int4 weights fit, large int8 ones overflow unseen.
+    """
+    x, weight = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 16), -128 >> 8 - bits, dtype=torch.int8)
+    try:
+        products = torch._int_mm(x[:1], weight), torch._int_mm(x, weight)
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.backends.mkldnn.is_available() and all((y == 64 * 127 * weight[0, 0].int()).all() for y in products)
+
+
+@functools.lru_cache(None)
+def has_vector_loops() -> bool:
+    """Whether torch multiplies bfloat16 by int8 (torch 2.3), and in vector code, which builds for Windows lack."""
+    if not hasattr(torch, "_weight_int8pack_mm") or platform.system() == "Windows":
+        return False
+    return platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+
+# ---- torch's int4 layout --------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(None)
+def rows_of_a_block() -> int:
+    """Output rows in a block of torch's int4 layout: 64 with AVX512, 32 with AVX2; 0 where there is no fast product.
+
+    A block is uint8 [in, rows / 2]: byte r holds row r in the low nibble and row r + rows / 2 in the high one, each
+    with 8 added. torch does not promise it, so a trial decides.
+    """
+    if not has_vector_loops() or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return 0
+    q = torch.arange(64 * 32, dtype=torch.int32).mul_(7).bitwise_right_shift_(2).bitwise_and_(15).view(64, 32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+    for rows in (64, 32):
+        if torch.equal(_from_blocks(packed, rows).t() + 8, q):
+            return rows
+    return 0
+
+
+def readable(out_features: int, in_features: int, bits: int, group_size: Optional[int]) -> bool:
+    """Whether torch's int4 product takes these weights; others stay in the released packing."""
+    if bits != 4 or group_size not in (None, 32, 64, 128, 256) or in_features % 32 or not rows_of_a_block():
+        return False
+    return out_features % rows_of_a_block() == 0
+
+
+def to_layout(weight: Tensor, bits: int) -> Tensor:
+    """The released packing, int8 [out, in / 2] -> the layout in as many bytes, uint8 [out, in / 2]."""
+    layout, rows = torch.empty_like(weight, dtype=torch.uint8), _rows(2 * weight.shape[1])
+    for begin in range(0, len(weight), rows):
+        q = _integers(weight[begin : begin + rows], bits).t()
+        q = torch.stack(q.chunk(2, dim=1), dim=-1).flatten(1)  # even inputs, then odd ones -> their own order
+        part = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
+        layout[begin : begin + rows] = part
+    return layout
+
+
+def from_layout(layout: Tensor) -> Tensor:
+    """The reverse of `to_layout`."""
+    packed, rows = torch.empty_like(layout, dtype=torch.int8), _rows(2 * layout.shape[1])
+    for begin in range(0, len(layout), rows):
+        q = _integers(layout[begin : begin + rows], 4).t()
+        packed[begin : begin + rows] = (q[:, 0::2] & 15) << 4 | (q[:, 1::2] & 15)
+    return packed
+
+
+def _rows(in_features: int, weights: int = BLOCK) -> int:
+    """How many rows are so many weights, in whole blocks of torch's int4 layout."""
+    return max(weights // max(in_features, 1) // 64, 1) * 64
+
+
+@functools.lru_cache(8)
+def _unit_scales(in_features: int, out_features: int) -> Tensor:
+    """torch's int4 product with scales of 1, bfloat16 [in / group, out, 2]: the row's own scale comes after it."""
+    group = next(size for size in (256, 128, 64, 32) if in_features % size == 0)
+    return torch.tensor([1, 0], dtype=torch.bfloat16).repeat(in_features // group, out_features, 1)
+
+
+def _packed_product(x: Tensor, layout: Tensor, weight_scale: Tensor) -> Tensor:
+    """x [N, in] times a weight in the layout, float32 [N, out]."""
+    k, out = x.shape[1], layout.shape[0]
+    if weight_scale.dim() == 1:
+        scales, after = _unit_scales(k, out), weight_scale.float()
+    else:
+        scales, after = weight_scale.t().to(torch.bfloat16), 1
+        scales = torch.stack((scales, torch.zeros_like(scales)), dim=-1)
+    group = k // scales.shape[0]
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), layout, group, scales).float() * after
+
+
+# ---- unpacking ------------------------------------------------------------------------------------------------------
+
+
+def _integers(weight: Tensor, bits: int) -> Tensor:
+    """The weight of some rows, transposed: int8 [in, rows]. From the released int4 packing even inputs come first."""
+    if bits == 8:
+        return weight.t()
+    if weight.dtype == torch.uint8:
+        return _from_blocks(weight, rows_of_a_block())
+    rows, half = weight.shape
+    q = torch.empty(rows, 2, half, dtype=torch.int8)
+    _split(weight, q[:, 1], q[:, 0], flip=True)
+    return q.view(rows, 2 * half).t()
+
+
+def _from_blocks(layout: Tensor, rows: int) -> Tensor:
+    """`_integers` of whole blocks of torch's int4 layout: inputs in their own order."""
+    k = 2 * layout.shape[1]
+    q = torch.empty(k, len(layout) // rows, 2, rows // 2, dtype=torch.int8)
+    _split(layout.view(torch.int8).view(-1, k, rows // 2).transpose(0, 1), q[:, :, 0], q[:, :, 1], flip=False)
+    return q.view(k, len(layout))
+
+
+def _split(packed: Tensor, low: Tensor, high: Tensor, flip: bool) -> None:
+    """Write each byte's two values of -8..7 into `low` and `high`, eight bytes at a time where the shape allows.
+
+    A nibble holds the value with 8 added, or (flip) its last four bits, which is the same with the highest bit flipped.
+    """
+    dtype, mask, highest = torch.uint8, 0x0F, 0x88
+    if packed.shape[-1] % 8 == 0 and packed.storage_offset() % 8 == 0:
+        dtype, mask, highest = torch.int64, 0x0F0F0F0F0F0F0F0F, 0x8888888888888888 - (1 << 64)
+    packed = packed.view(dtype) ^ highest if flip else packed.view(dtype)
+    torch.bitwise_and(packed, mask, out=low.view(dtype))
+    torch.bitwise_and(packed >> 4, mask, out=high.view(dtype))
+    low.sub_(8)
+    high.sub_(8)
+
+
+# ---- multiplying ----------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
+    """x [N, in] -> [N, out]. `weight` is in the released packing or in torch's int4 layout."""
+    (n, k), out, dtype = x.shape, weight_scale.shape[0], x.dtype
+    half, laid_out = dtype in (torch.float16, torch.bfloat16), weight.dtype == torch.uint8
+    if laid_out and half and 0 < n <= FEW_PACKED:
+        y = _packed_product(x, weight, weight_scale)
+        return (y if bias is None else y + bias.float()).to(dtype)
+    x, reordered = x.float(), bits == 4 and not laid_out
+    if reordered:
+        x = torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
+    integers = half and weight_scale.dim() == 1 and min(n, k) > 0
+    if integers and n <= FEW_BFLOAT16 and has_vector_loops() and k % 16 == 0:  # elsewhere torch reads past the rows
+        multiply, block = _by_bfloat16(x), BLOCK if bits == 4 else out * k
+    elif integers and multiplies_exactly(bits):
+        multiply, block = _by_two_integers(x) if n <= FEW_INTEGERS else _by_integers(x), BLOCK
+    else:
+        multiply, block = lambda q: x @ q.float(), BLOCK // 4
+    y, rows = torch.empty(n, out, dtype=dtype), _rows(k, block)
+    for begin in range(0, out, rows):
+        part = slice(begin, begin + rows)
+        q, scale = _integers(weight[part], bits), weight_scale[part].float()
+        if scale.dim() == 2:
+            scale = scale.repeat_interleave(k // scale.shape[1], dim=1)
+            q = q * (torch.cat((scale[:, 0::2], scale[:, 1::2]), dim=1) if reordered else scale).t()
+            scale = 1
+        product = multiply(q) * scale
+        y[:, part] = product if bias is None else product.add_(bias[part])
+    return y
+
+
+# Each takes x [N, in], and returns what multiplies it by q [in, rows], int8, to float32 [N, rows].
+
+
+def _by_bfloat16(x: Tensor):
+    x = x.to(torch.bfloat16)
+    return lambda q: torch._weight_int8pack_mm(x, q.t(), torch.ones(q.shape[1], dtype=x.dtype))
+
+
+def _by_two_integers(x: Tensor):
+    """x = (first + second / 254) * scale, to a 64,516th of a token's peak; torch is fast with one token at a time."""
+    first, scale = _round_tokens(x)
+    second = ((x / torch.where(scale == 0, 1, scale) - first) * 254).round_().to(torch.int8)
+    rows = range(len(x))
+    return lambda q: torch.cat([torch._int_mm(first[i : i + 1], q) + torch._int_mm(second[i : i + 1], q) / 254
+                                for i in rows]) * scale  # fmt: skip
+
+
+def _by_integers(x: Tensor):
+    """Each token as one int8 term, but for the channels whose peak is above 8 times the middle one: in float32."""
+    peaks = x.abs().amax(dim=0)
+    outliers = (peaks > 8 * peaks.median()).nonzero().flatten()
+    x8, scale = _round_tokens(x.index_fill(1, outliers, 0))
+    x = x[:, outliers]
+    return lambda q: (torch._int_mm(x8, q) * scale).addmm_(x, q[outliers].float())
+
+
+def _round_tokens(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """x [N, in] -> (int8 [N, in], scale [N, 1])."""
+    scale = x.abs().amax(dim=1, keepdim=True) / 127
+    return (x / torch.where(scale == 0, 1, scale)).round_().to(torch.int8), scale
