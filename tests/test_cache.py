@@ -44,6 +44,31 @@ def test_transformers_quantized_cache(tiny_model, tokenizer):
     assert tiny_model.chat(tokenizer, query, **settings)[0] == tiny_model.chat(tokenizer, query, do_sample=False)[0]
 
 
+@pytest.mark.needs_transformers("5.0", "DynamicCache(offloading=True)")
+def test_transformers_offloaded_cache(tiny_model, tokenizer, monkeypatch):
+    """An offloaded cache, its other device and its streams played on a CPU: each layer's keys are there in time only."""
+
+    class Stream:
+        __enter__ = __exit__ = wait_stream = lambda *_: None
+
+    def offload(layer):
+        layer.parked, layer.keys, layer.values = (layer.keys, layer.values), None, None
+
+    def prefetch(layer):
+        if layer.is_initialized and layer.keys is None:
+            layer.keys, layer.values = layer.parked
+
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    cache = DynamicCache(config=tiny_model.config, offloading=True)
+    for name, method in (("offload", offload), ("prefetch", prefetch)):
+        monkeypatch.setattr(type(cache.layers[0]), name, method)
+    inputs = tokenizer([tokenizer.build_prompt("你好")], return_tensors="pt")
+    ids = tiny_model.generate(**inputs, max_new_tokens=16, do_sample=False, past_key_values=cache)
+    assert cache.layers[-1].keys is None and cache.layers[-1].parked[0].shape[2] == ids.shape[1] - 1
+    assert torch.equal(ids, tiny_model.generate(**inputs, max_new_tokens=16, do_sample=False))
+
+
 def test_growing_past_several_buffers(pair):
     """A prompt, then single tokens across two buffers' ends: the same keys and values at every step."""
     feed(pair, 250, 0)
