@@ -1,7 +1,8 @@
-"""The CPU kernels in C (`quantization_cpu_source`), compiled at first use, for Linux on x86-64 with AVX512-VNNI.
+"""The CPU kernels in C (`quantization_cpu_source`), compiled at first use, for Linux on x86-64.
 
 Half-precision inputs are rounded to int8 in groups of 128 (or of the weights' group, if smaller) with a scale each, as
-llama.cpp does, and multiplied by VNNI dot products of four; float32 inputs are multiplied in float32, and exactly.
+llama.cpp does, and multiplied by dot products of four, AVX512-VNNI's or AVX2's; float32 inputs are multiplied in
+float32, and exactly.
 """
 
 import ctypes
@@ -24,7 +25,8 @@ from .quantization_stock import linear as stock_linear
 
 ROWS, GROUP = 32, 128  # a block of the layout: output rows, inputs
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FLAGS = ("-O3", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mf16c", "-mfma")
+FLAGS = ("-O3", "-fPIC", "-fopenmp", "-mavx2", "-mf16c", "-mfma")
+AVX512 = {"avx512f": "-mavx512f", "avx512bw": "-mavx512bw", "avx512vl": "-mavx512vl", "avx512_vnni": "-mavx512vnni"}
 
 
 # ---- compiling it ---------------------------------------------------------------------------------------------------
@@ -43,14 +45,28 @@ def cache_folder() -> str:
     return tempfile.mkdtemp(prefix="chatglm2-")
 
 
-def compiled() -> str:
+def instructions() -> Tuple[str, Tuple[str, ...]]:
+    """("avx512", "avx2" or "" for neither, the compiler's options for it), by what the system says of this CPU."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            known = set(next((line for line in file if line.startswith("flags")), "").split())
+    except OSError:
+        known = set()
+    if known >= AVX512.keys():
+        return "avx512", (*FLAGS, *AVX512.values())
+    if known >= {"avx2", "f16c", "fma"}:
+        return "avx2", (*FLAGS, *(["-mavxvnni"] if "avx_vnni" in known else []))
+    return "", ()
+
+
+def compiled(kind: str, flags: Tuple[str, ...]) -> str:
     """The path of the compiled library. Two processes may compile at once: each renames a whole file into place."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
     if not compiler or not shutil.which(compiler):
         raise OSError("there is no C compiler: install gcc, or name one in the environment variable CC")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    text = source()
-    key = hashlib.sha256("\n".join((text, compiler, version, *FLAGS)).encode()).hexdigest()[:16]
+    text = source(kind)
+    key = hashlib.sha256("\n".join((text, compiler, version, *flags)).encode()).hexdigest()[:16]
     path = os.path.join(cache_folder(), f"quantization_cpu-{key}.so")
     if not os.path.exists(path):
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
@@ -58,8 +74,10 @@ def compiled() -> str:
             with open(code, "w") as file:
                 file.write(text)
             # Linked without OpenMP's runtime: its symbols are those that torch has loaded, so that there is only one.
-            for command in ([*FLAGS, "-c", code, "-o", object_file], ["-shared", object_file, "-o", library]):
+            for command in ([*flags, "-c", code, "-o", object_file], ["-shared", object_file, "-o", library]):
                 done = subprocess.run([compiler, *command], capture_output=True, text=True)
+                if done.returncode and "-mavxvnni" in flags:  # GCC knows it from 11 on
+                    return compiled(kind, tuple(flag for flag in flags if flag != "-mavxvnni"))
                 if done.returncode:
                     raise OSError(f"{compiler} could not compile the kernel: {done.stderr.strip()[-300:]}")
             os.replace(library, path)
@@ -71,14 +89,13 @@ def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
     """(the compiled kernels, "") or (None, why there are none and what would help)."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return None, f"the kernel is written for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    if "CPU capability usage: AVX512" not in torch.__config__.show():
-        return None, "this CPU has no AVX512-VNNI instructions"
+    kind, flags = instructions()
+    if not kind:
+        return None, "this CPU has neither AVX512-VNNI nor AVX2 instructions"
     try:
-        library = ctypes.CDLL(compiled())
+        library = ctypes.CDLL(compiled(kind, flags))
     except (OSError, subprocess.SubprocessError) as error:
         return None, str(error)
-    if not library.supported():
-        return None, "this CPU has no AVX512-VNNI instructions"
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
     library.linear.argtypes = (p, p, p, p, p, p, n, n, n, n, n, i, i, i, i)
     library.linear_float32.argtypes = (p, p, p, p, p, n, n, n, n, i, i, i)

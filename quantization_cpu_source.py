@@ -1,12 +1,14 @@
-"""The C source of the CPU kernels, for AVX512-VNNI: `source()` is the whole file.
+"""The C source of the CPU kernels: `source(instructions)` is the whole file, for AVX512-VNNI or for AVX2.
 
 The layout it reads: int8 [out / 32, in / step, 128], padded to whole blocks of 32 rows and 128 inputs. A step is 4
 inputs (int8) or 8 (int4) of 32 rows: byte 4 * row + input holds q + 128, or q + 8 with the next four inputs in the high
 nibble. Unsigned, since the dot product takes them so; the offset is taken back by sums that start at -128 or -8 times
-the sum of the group's inputs. The same layout serves one token and many.
+the sum of the group's inputs. The same layout serves one token and many, and both sets of instructions.
+
+Only a group of inputs times 32 rows, the tile, differs: 512 bits wide by hand, or 256 bits wide by intrinsics.
 """
 
-TILES = (1, 2, 4, 8, 12)  # tokens multiplied together; 12 x 32 rows fill 24 of the 32 registers
+TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": (1, 2, 4)}  # tokens multiplied together: what the registers hold
 
 
 def tile_source(bits: int, tokens: int) -> str:
@@ -66,44 +68,55 @@ HEAD = r"""
 #include <stdint.h>
 #include <string.h>
 
-int supported(void) {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
-      && __builtin_cpu_supports("avx512vnni");
-}
+#ifdef __AVX512VNNI__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 typedef void (*tile)(const uint8_t *, const int8_t *, const int32_t *, const float *, const float *, float *, long);
 
 static inline long min(long a, long b) { return a < b ? a : b; }
-static inline __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
+static inline long size_of(int type) { return type == FLOAT32 ? 4 : 2; }
 
-static inline __m512 load(const void *p, int type, long i, __mmask16 m) {
-  if (type == FLOAT32) return _mm512_maskz_loadu_ps(m, (const float *)p + i);
-  __m256i half = _mm256_maskz_loadu_epi16(m, (const int16_t *)p + i);
-  if (type == FLOAT16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+/* p[i] to p[i + 7] as floats; from the n-th on they are 0. */
+static inline __m256 load(const void *p, int type, long i, long n) {
+  char part[32] = {0};
+  const char *at = (const char *)p + i * size_of(type);
+  if (n < 8) at = memcpy(part, at, n > 0 ? n * size_of(type) : 0);
+  if (type == FLOAT32) return _mm256_loadu_ps((const float *)at);
+  __m128i half = _mm_loadu_si128((const __m128i *)at);
+  if (type == FLOAT16) return _mm256_cvtph_ps(half);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-static inline void store(void *p, int type, long i, __mmask16 m, __m512 v) {
-  if (type == FLOAT32) { _mm512_mask_storeu_ps((float *)p + i, m, v); return; }
-  __m256i half;
-  if (type == FLOAT16) half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  else {  // round to nearest even; a nan stays one
-    __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    half = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc0)));
+static inline void store(void *p, int type, long i, long n, __m256 v) {
+  char part[32];
+  if (type == FLOAT32) _mm256_storeu_ps((float *)part, v);
+  else if (type == FLOAT16) {
+    _mm_storeu_si128((__m128i *)part, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  } else {  // round to nearest even; a nan stays one
+    __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc0), nan);
+    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+    _mm_storeu_si128((__m128i *)part, _mm256_castsi256_si128(bits));
   }
-  _mm256_mask_storeu_epi16((int16_t *)p + i, m, half);
+  if (n > 0) memcpy((char *)p + i * size_of(type), part, min(n, 8) * size_of(type));
 }
 
 /* The block's scales, transposed: [out][groups] -> s[groups][32]. */
 static inline void scales_of(const void *scale, int type, long block, long out, long groups, float *s) {
   for (long r = 0; r < 32; r++)
-    for (long g = 0; g < groups; g += 16) {
-      float part[16];
-      long row = block * 32 + r, count = min(16, groups - g);
-      _mm512_storeu_ps(part, row < out ? load(scale, type, row * groups + g, first(count)) : _mm512_setzero_ps());
+    for (long g = 0; g < groups; g += 8) {
+      float part[8];
+      long row = block * 32 + r, count = min(8, groups - g);
+      _mm256_storeu_ps(part, row < out ? load(scale, type, row * groups + g, count) : _mm256_setzero_ps());
       for (long i = 0; i < count; i++) s[(g + i) * 32 + r] = part[i];
     }
 }
@@ -111,58 +124,130 @@ static inline void scales_of(const void *scale, int type, long block, long out, 
 /* One token to int8 a group at a time: q = round(x / scale), scale = max|x| / 127, start = -offset * sum(q). */
 static void quantize_token(const void *x, int type, long k, long padded, long group, int offset, long stride, int8_t *q,
                            float *scale, int32_t *start) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   for (long g = 0; g * group < padded; g++) {
-    __m512 v[8], largest = _mm512_setzero_ps();
-    __mmask16 nan = 0;
-    long parts = group / 16;
+    __m256 v[16], largest = _mm256_setzero_ps(), nan = _mm256_setzero_ps();
+    long parts = group / 8;
     for (long i = 0; i < parts; i++) {
-      long at = g * group + 16 * i;
-      v[i] = x ? load(x, type, at, first(k - at)) : _mm512_setzero_ps();
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(v[i]));
-      nan |= _mm512_cmp_ps_mask(v[i], v[i], _CMP_UNORD_Q);
+      long at = g * group + 8 * i;
+      v[i] = x ? load(x, type, at, k - at) : _mm256_setzero_ps();
+      largest = _mm256_max_ps(largest, _mm256_and_ps(v[i], magnitude));
+      nan = _mm256_or_ps(nan, _mm256_cmp_ps(v[i], v[i], _CMP_UNORD_Q));
     }
-    float s = _mm512_reduce_max_ps(largest) / 127;
-    if (nan) s = __builtin_nanf("");
-    int32_t total = 0;
+    float lanes[8], s = 0;
+    _mm256_storeu_ps(lanes, largest);
+    for (int i = 0; i < 8; i++) s = lanes[i] > s ? lanes[i] : s;
+    s = _mm256_movemask_ps(nan) ? __builtin_nanf("") : s / 127;
+    const int usable = s > 1e-37f && s < __builtin_inff();  /* nan and inf give nan below */
+    __m256i total = _mm256_setzero_si256();
     for (long i = 0; i < parts; i++) {
-      __m512i rounded = _mm512_cvtps_epi32(_mm512_div_ps(v[i], _mm512_set1_ps(s)));
-      if (!(s > 1e-37f && s < __builtin_inff())) rounded = _mm512_setzero_si512();  /* nan and inf give nan below */
-      total += _mm512_reduce_add_epi32(rounded);
+      __m256i rounded = _mm256_cvtps_epi32(_mm256_div_ps(v[i], _mm256_set1_ps(s)));
+      if (!usable) rounded = _mm256_setzero_si256();
+      total = _mm256_add_epi32(total, rounded);
+      __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
       int32_t quads[4];
-      _mm_storeu_si128((__m128i *)quads, _mm512_cvtsepi32_epi8(rounded));
-      for (int j = 0; j < 4; j++) memcpy(q + (g * group / 4 + 4 * i + j) * 4 * stride, quads + j, 4);
+      _mm_storeu_si128((__m128i *)quads, _mm_packs_epi16(narrow, narrow));
+      for (int j = 0; j < 2; j++) memcpy(q + (g * group / 4 + 2 * i + j) * 4 * stride, quads + j, 4);
     }
+    int32_t sums[8], sum = 0;
+    _mm256_storeu_si256((__m256i *)sums, total);
+    for (int i = 0; i < 8; i++) sum += sums[i];
     scale[g * stride] = s - s == 0 ? s : __builtin_nanf("");
-    start[g * stride] = -offset * total;
+    start[g * stride] = -offset * sum;
   }
 }
 """
 
+AVX2 = r"""
+enum { OFFSET_4 = 8, OFFSET_8 = 0 };
+
+/* sum + the products of unsigned and signed bytes, four a lane; each two of them must fit in 16 bits */
+static inline __m256i dot(__m256i sum, __m256i u, __m256i s) {
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(sum, u, s);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+
+/* The same for a pair of them, of which each four must fit. */
+static inline __m256i dots(__m256i sum, __m256i u, __m256i s, __m256i u2, __m256i s2) {
+#ifdef __AVXVNNI__
+  return dot(dot(sum, u, s), u2, s2);
+#else
+  __m256i products = _mm256_add_epi16(_mm256_maddubs_epi16(u, s), _mm256_maddubs_epi16(u2, s2));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+#endif
+}
+
+/* 8 * parts rows together. int8 moves its sign to x: |w| times it stays below 2 * 128 * 127, which fits. */
+static inline __attribute__((always_inline)) void multiply(const uint8_t *w, const int8_t *x, const int32_t *start,
+    const float *xs, const float *ws, float *sums, long steps, int bits, int tokens, int parts) {
+  const __m256i nibble = _mm256_set1_epi8(15), highest = _mm256_set1_epi8(-128);
+  for (int from = 0; from < 4; from += parts) {
+    __m256i sum[4][4];
+    for (int t = 0; t < tokens; t++)
+      for (int p = 0; p < parts; p++) sum[t][p] = _mm256_set1_epi32(start[t]);
+    for (long step = 0; step < steps; step++) {
+      const int8_t *quads = x + step * 4 * tokens * (bits == 8 ? 1 : 2);
+      for (int p = 0; p < parts; p++) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(w + 128 * step + 32 * (from + p)));
+        for (int t = 0; t < tokens; t++) {
+          int32_t first, second;
+          memcpy(&first, quads + 4 * t, 4);
+          if (bits == 8) {
+            __m256i q = _mm256_xor_si256(v, highest);
+            sum[t][p] = dot(sum[t][p], _mm256_abs_epi8(q), _mm256_sign_epi8(_mm256_set1_epi32(first), q));
+            continue;
+          }
+          memcpy(&second, quads + 4 * (tokens + t), 4);
+          __m256i low = _mm256_and_si256(v, nibble), high = _mm256_and_si256(_mm256_srli_epi32(v, 4), nibble);
+          sum[t][p] = dots(sum[t][p], low, _mm256_set1_epi32(first), high, _mm256_set1_epi32(second));
+        }
+      }
+    }
+    for (int t = 0; t < tokens; t++)
+      for (int p = 0; p < parts; p++) {
+        float *to = sums + 32 * t + 8 * (from + p);
+        __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(ws + 8 * (from + p)), _mm256_set1_ps(xs[t]));
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t][p]), scale, _mm256_loadu_ps(to)));
+      }
+  }
+}
+
+#define TILE(BITS, TOKENS, PARTS) static void tile_##BITS##_##TOKENS(const uint8_t *w, const int8_t *x, \
+    const int32_t *start, const float *xs, const float *ws, float *sums, long steps) { \
+  multiply(w, x, start, xs, ws, sums, steps, BITS, TOKENS, PARTS); \
+}
+TILE(4, 1, 4) TILE(4, 2, 4) TILE(4, 4, 2) TILE(8, 1, 4) TILE(8, 2, 4) TILE(8, 4, 2)
+"""
+
 BODY = r"""
-static int width(long tokens) { return tokens > 8 ? 12 : tokens > 4 ? 8 : tokens > 2 ? 4 : tokens; }
+/* The tile for so many tokens: the next larger one there is. */
+static int width(long tokens) { return tokens > 8 ? WIDEST : tokens > 4 ? min(8, WIDEST) : tokens > 2 ? 4 : tokens; }
 
 /* y[n][out] = x[n][k] times the weight, plus bias, which has scale's type. groups: weight scales a row; group: inputs
    that share an activation scale. */
 void linear(const void *x, void *y, const uint8_t *w, const void *scale, const void *bias, char *scratch, long n,
             long k, long out, long groups, long group, int bits, int xtype, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, ng = padded / group, blocks = (out + 31) / 32;
-  long tiles = (n + 11) / 12, room = n + 12;
+  long tiles = (n + WIDEST - 1) / WIDEST, room = n + WIDEST;
   int8_t *q = (int8_t *)scratch;
   float *xs = (float *)(scratch + room * padded);
   int32_t *start = (int32_t *)(xs + room * ng);
-  const int esize = xtype == FLOAT32 ? 4 : 2;
   #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
-  for (long token = 0; token < 12 * (tiles - 1) + width(n - 12 * (tiles - 1)); token++) {
-    long from = token / 12 * 12, t = token - from, stride = width(n - from);
-    quantize_token(token < n ? (const char *)x + token * k * esize : 0, xtype, k, padded, group, bits == 8 ? 128 : 8,
-                   stride, q + from * padded + 4 * t, xs + from * ng + t, start + from * ng + t);
+  for (long token = 0; token < WIDEST * (tiles - 1) + width(n - WIDEST * (tiles - 1)); token++) {
+    long from = token / WIDEST * WIDEST, t = token - from, stride = width(n - from);
+    quantize_token(token < n ? (const char *)x + token * k * size_of(xtype) : 0, xtype, k, padded, group,
+                   bits == 8 ? OFFSET_8 : OFFSET_4, stride, q + from * padded + 4 * t, xs + from * ng + t,
+                   start + from * ng + t);
   }
   const long block_bytes = padded * 4 * bits, group_bytes = group * 4 * bits;
   #pragma omp parallel for num_threads(threads) schedule(static)
   for (long block = 0; block < blocks; block++) {
-    float ws[groups * 32], sums[12 * 32];
+    float ws[groups * 32], sums[WIDEST * 32];
     scales_of(scale, stype, block, out, groups, ws);
-    for (long from = 0; from < n; from += 12) {
+    for (long from = 0; from < n; from += WIDEST) {
       int tokens = width(n - from);
       tile multiply = bits == 8 ? tiles_8[tokens] : tiles_4[tokens];
       memset(sums, 0, sizeof sums);
@@ -171,54 +256,49 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
                  start + (from * ng + g * tokens), xs + (from * ng + g * tokens),
                  ws + (groups == 1 ? 0 : min(g * group * groups / k, groups - 1) * 32), sums, group_bytes / 128);
       for (long t = 0; t < min(tokens, n - from); t++)
-        for (long r = 0; r < 32; r += 16) {
+        for (long r = 0; r < 32; r += 8) {
           long row = block * 32 + r;
-          __mmask16 m = first(out - row);
-          __m512 v = _mm512_loadu_ps(sums + 32 * t + r);
-          if (bias) v = _mm512_add_ps(v, load(bias, stype, row, m));
-          store(y, xtype, (from + t) * out + row, m, v);
+          __m256 v = _mm256_loadu_ps(sums + 32 * t + r);
+          if (bias) v = _mm256_add_ps(v, load(bias, stype, row, out - row));
+          store(y, xtype, (from + t) * out + row, out - row, v);
         }
     }
   }
 }
 
-/* 16 weights of one input, as floats: the byte's `input` of each of 16 rows. */
-static inline __m512 weight(__m512i v, int bits, int input, __m512 table) {
-  if (bits == 4) return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * (input & 3) + 4 * (input >> 2)), table);
-  v = _mm512_and_si512(_mm512_srli_epi32(v, 8 * input), _mm512_set1_epi32(255));
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(v, _mm512_set1_epi32(128)));
+/* LANES weights of one input, as floats: the byte's `input` of so many rows. */
+static inline floats weight(words v, int bits, int input) {
+  const int shift = bits == 4 ? 8 * (input & 3) + 4 * (input >> 2) : 8 * input;
+#ifdef __AVX512VNNI__
+  const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  if (bits == 4) return (floats)_mm512_permutexvar_ps((__m512i)(v >> shift), table);
+#endif
+  return __builtin_convertvector((ints)(v >> shift & (bits == 4 ? 15 : 255)) - (bits == 4 ? 8 : 128), floats);
 }
-
-#define TABLE _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)
 
 static inline __attribute__((always_inline)) void exact(const float *x, const uint8_t *w, const float *ws, long padded,
                                                         long groups, long per_group, int bits, int n, float *sums) {
-  const __m512 table = TABLE;
   const long inputs = bits == 4 ? 8 : 4;
-  __m512 total[4][2];
-  for (int t = 0; t < n; t++) total[t][0] = total[t][1] = _mm512_setzero_ps();
-  for (long g = 0; g < groups; g++) {
-    __m512 sum[4][2];
-    for (int t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
-    long to = groups == 1 ? padded : (g + 1) * per_group;
-    for (long k = g * per_group; k < to; k += inputs, w += 128) {
-      _mm_prefetch((const char *)w + 2048, _MM_HINT_T0); _mm_prefetch((const char *)w + 2112, _MM_HINT_T0);
-      _mm_prefetch((const char *)w + 16384, _MM_HINT_T1); _mm_prefetch((const char *)w + 16448, _MM_HINT_T1);
-      for (int half = 0; half < 2; half++) {
-        __m512i v = _mm512_loadu_si512(w + 64 * half);
-        for (int i = 0; i < inputs; i++) {
-          __m512 f = weight(v, bits, i, table);
-          for (int t = 0; t < n; t++)
-            sum[t][half] = _mm512_fmadd_ps(f, _mm512_set1_ps(x[t * padded + k + i]), sum[t][half]);
+  for (int row = 0; row < 32; row += 2 * LANES) {  // two registers a token
+    const uint8_t *at = w + 4 * row;
+    floats total[4][2] = {0};
+    for (long g = 0; g < groups; g++) {
+      floats sum[4][2] = {0};
+      long to = groups == 1 ? padded : (g + 1) * per_group;
+      for (long k = g * per_group; k < to; k += inputs, at += 128)
+        for (int p = 0; p < 2; p++) {
+          words v = *(const words *)(at + 4 * LANES * p);
+          for (int i = 0; i < inputs; i++) {
+            floats f = weight(v, bits, i);
+            for (int t = 0; t < n; t++) sum[t][p] += f * x[t * padded + k + i];
+          }
         }
-      }
+      for (int t = 0; t < n; t++)
+        for (int p = 0; p < 2; p++) total[t][p] += sum[t][p] * *(const floats *)(ws + 32 * g + row + LANES * p);
     }
     for (int t = 0; t < n; t++)
-      for (int half = 0; half < 2; half++)
-        total[t][half] = _mm512_fmadd_ps(sum[t][half], _mm512_loadu_ps(ws + 32 * g + 16 * half), total[t][half]);
+      for (int p = 0; p < 2; p++) *(floats *)(sums + 32 * t + row + LANES * p) = total[t][p];
   }
-  for (int t = 0; t < n; t++)
-    for (int half = 0; half < 2; half++) _mm512_storeu_ps(sums + 32 * t + 16 * half, total[t][half]);
 }
 
 /* The float32 form, for up to 4 tokens; x is padded to whole groups of 128. */
@@ -234,12 +314,11 @@ void linear_float32(const float *x, float *y, const uint8_t *w, const void *scal
                             else exact(x, at, ws, padded, groups, per_group, 8, N, sums); break;
     switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) }
     for (long t = 0; t < n; t++)
-      for (long r = 0; r < 32; r += 16) {
+      for (long r = 0; r < 32; r += 8) {
         long row = block * 32 + r;
-        __mmask16 m = first(out - row);
-        __m512 v = _mm512_loadu_ps(sums + 32 * t + r);
-        if (bias) v = _mm512_add_ps(v, load(bias, stype, row, m));
-        store(y, FLOAT32, t * out + row, m, v);
+        __m256 v = _mm256_loadu_ps(sums + 32 * t + r);
+        if (bias) v = _mm256_add_ps(v, load(bias, stype, row, out - row));
+        store(y, FLOAT32, t * out + row, out - row, v);
       }
   }
 }
@@ -250,20 +329,24 @@ void transposed(const uint8_t *w, const float *scale, float *to, long begin, lon
   const long padded = (k + 127) / 128 * 128, inputs = bits == 4 ? 8 : 4, width = 32 * blocks;
   #pragma omp parallel for num_threads(threads) schedule(static)
   for (long from = 0; from < k; from += inputs)
-    for (long b = 0; b < 2 * blocks; b++) {
-      const __m512 table = TABLE, s = _mm512_loadu_ps(scale + from * groups / k * width + 16 * b);
-      __m512i v = _mm512_loadu_si512(w + (begin + b / 2) * padded * 4 * bits + from / inputs * 128 + 64 * (b & 1));
+    for (long r = 0; r < width; r += LANES) {
+      const floats s = *(const floats *)(scale + from * groups / k * width + r);
+      const words v = *(const words *)(w + (begin + r / 32) * padded * 4 * bits + from / inputs * 128 + 4 * (r % 32));
       for (long i = 0; i < min(inputs, k - from); i++)
-        _mm512_storeu_ps(to + (from + i) * width + 16 * b, _mm512_mul_ps(weight(v, bits, i, table), s));
+        *(floats *)(to + (from + i) * width + r) = weight(v, bits, i) * s;
     }
 }
 """
 
 
-def source() -> str:
-    """The whole C file: the tiles by their number of tokens between the parts that do not depend on it."""
-    tables = ""
+def source(instructions: str) -> str:
+    """The whole C file for "avx512" or "avx2": the tiles between the parts that all have in common."""
+    tiles = AVX2
+    if instructions == "avx512":
+        tiles = "enum { OFFSET_4 = 8, OFFSET_8 = 128 };\n"
+        tiles += "".join(tile_source(bits, tokens) for bits in (4, 8) for tokens in TILES["avx512"])
+    tiles += f"enum {{ WIDEST = {max(TILES[instructions])} }};\n"
     for bits in (4, 8):
-        entries = ", ".join(f"[{tokens}] = tile_{bits}_{tokens}" for tokens in TILES)
-        tables += f"static const tile tiles_{bits}[] = {{{entries}}};\n"
-    return HEAD + "".join(tile_source(bits, tokens) for bits in (4, 8) for tokens in TILES) + tables + BODY
+        entries = ", ".join(f"[{tokens}] = tile_{bits}_{tokens}" for tokens in TILES[instructions])
+        tiles += f"static const tile tiles_{bits}[] = {{{entries}}};\n"
+    return HEAD + tiles + BODY

@@ -19,11 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "export")]
 import conftest  # noqa: E402, F401  (makes the repository importable as `chatglm2`)
-from chatglm2 import quantization  # noqa: E402, F401
+from chatglm2 import quantization, quantization_cpu  # noqa: E402, F401
 from chatglm2.cache_chatglm import give_room  # noqa: E402
 from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
-from chatglm2.quantization_cpu import _on_large_pages  # noqa: E402
 from to_glm import glm_config, glm_state_dict  # noqa: E402
 from transformers import DynamicCache, GlmForCausalLM  # noqa: E402
 
@@ -205,7 +204,7 @@ def memory_bandwidth(device="cpu"):
         block = torch.empty(1 << 30, dtype=torch.int8, device=device)
         target = torch.empty_like(block)
         return 2 * block.nbytes / min(seconds(lambda: target.copy_(block), device) for _ in range(9))
-    block = _on_large_pages(1 << 30).view(torch.int64).fill_(1)
+    block = quantization_cpu._on_large_pages(1 << 30).view(torch.int64).fill_(1)
     return block.nbytes / min(seconds(block.sum) for _ in range(5))
 
 

@@ -11,7 +11,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import machine, memory_bandwidth, quantization, random_model, ratio, record, seconds, take_turns
+from common import (
+    machine,
+    memory_bandwidth,
+    quantization,
+    quantization_cpu,
+    random_model,
+    ratio,
+    record,
+    seconds,
+    take_turns,
+)
 
 TASKS = {"decode": 8, "prefill 32": 32, "prefill 512": 512}  # tokens
 CONTEXT = 32  # what decoding begins with
@@ -20,6 +30,7 @@ CONTEXT = 32  # what decoding begins with
 def arguments(parser):
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8, 16], choices=[4, 8, 16])
     parser.add_argument("--backends", nargs="+", default=["auto"], help="stock: as on a CPU without a compiler")
+    parser.add_argument("--instructions", choices=["avx2"], help="the C kernel as for a CPU without AVX512")
     parser.add_argument("--dtype", default="float16", help="of the activations, and of what is not quantized")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
@@ -139,6 +150,8 @@ def time_model(args, bits, backend):
 
 
 def run(args):
+    if args.instructions:
+        quantization_cpu.instructions = lambda: (args.instructions, quantization_cpu.FLAGS)
     limits = machine(getattr(torch, args.dtype), args.device)
     runs = [time_model(args, bits, b) for bits in args.bits for b in (args.backends if bits < 16 else ["auto"])]
     args.llama = "llama.cpp" if args.llama else None

@@ -24,6 +24,7 @@ CHINESE = {
     "prefill 32": "预填充 32",
     "prefill 512": "预填充 512",
     "the C kernel": "C 内核",
+    "the C kernel, AVX2 alone": "C 内核，仅 AVX2",
     "torch's own operators": "torch 自带算子",
     "dequantize, then multiply": "先反量化再相乘",
     "with int8 embedding and output layer": "词嵌入与输出层为 int8",
@@ -128,7 +129,7 @@ def weights(run, dtype=None):
 
 
 def quantized(say):
-    records = newest("quantized", "small_head", "bits", "dtype", "backends")[::-1]
+    records = newest("quantized", "small_head", "bits", "dtype", "backends", "instructions")[::-1]
     tasks, rows = ["decode", "prefill 32", "prefill 512"], []
     for record in records:
         for run in record["runs"]:
@@ -136,6 +137,8 @@ def quantized(say):
             if record["settings"]["small_head"]:
                 name += ", " + say("with int8 embedding and output layer")
             by = {"auto": "the C kernel", "stock": "torch's own operators"}[run["backend"]]
+            if record["settings"].get("instructions"):
+                by = "the C kernel, AVX2 alone"
             cells, original = [], []
             for task in tasks:
                 speed = run["tokens_per_second"][task]
@@ -150,7 +153,10 @@ def quantized(say):
 
 
 def errors(say):
-    rows, records = [], newest("quantized", "bits", "backends")
+    rows, records = (
+        [],
+        [r for r in newest("quantized", "bits", "backends", "instructions") if "instructions" not in r["settings"]],
+    )
     seen = {}
     for record in records:
         for run in record["runs"]:

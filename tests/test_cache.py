@@ -46,7 +46,7 @@ def test_transformers_quantized_cache(tiny_model, tokenizer):
 
 @pytest.mark.needs_transformers("5.0", "DynamicCache(offloading=True)")
 def test_transformers_offloaded_cache(tiny_model, tokenizer, monkeypatch):
-    """An offloaded cache, its other device and its streams played on a CPU: each layer's keys are there in time only."""
+    """An offloaded cache, the second device and the streams played: a layer's keys are there in time only."""
 
     class Stream:
         __enter__ = __exit__ = wait_stream = lambda *_: None

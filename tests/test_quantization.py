@@ -1,6 +1,7 @@
 """The released format, the quantized layers and the CPU kernels, each held to plain torch in float32 or float64."""
 
 import copy
+import functools
 import io
 import json
 import os
@@ -33,9 +34,42 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 needs_compiled = pytest.mark.skipif(
     quantization_cpu.unavailable(CPU) is not None, reason=f"no compiled kernel: {quantization_cpu.unavailable(CPU)}"
 )
-KERNELS = [pytest.param("cpu", marks=needs_compiled), "stock", "torch"]
+KERNELS = [
+    *(pytest.param(name, marks=needs_compiled) for name in ("cpu", "cpu: avx2", "cpu: avxvnni")),
+    "stock",
+    "torch",
+]
 # Inputs rounded to int8, in groups of 128 (a token as a whole in "stock"), and the output's own rounding
 ERROR = {torch.float32: 1e-5, torch.float16: 1.2e-2, torch.bfloat16: 1.4e-2}
+
+
+@functools.lru_cache(None)
+def library(kind):
+    """The C kernels for CPUs of another kind; AVX-VNNI's instruction is played by AVX512's of 256 bits."""
+    flags = quantization_cpu.FLAGS
+    if kind == "avxvnni":
+        flags += (*quantization_cpu.AVX512.values(), "-D__AVXVNNI__", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantization_cpu, "instructions", lambda: ("avx2", flags))
+        return quantization_cpu.load_library.__wrapped__()
+
+
+def linear_of(kernel):
+    """The function of a kernel family, the C kernels' for this CPU or for another kind."""
+    name, _, kind = kernel.partition(": ")
+    if not kind:
+        return quantization.family(name)[0]
+    if kind == "avxvnni" and quantization_cpu.instructions()[0] != "avx512":
+        pytest.skip("this CPU has no VNNI instruction of 256 bits")
+
+    loaded = library(kind)
+
+    def linear(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantization_cpu, "load_library", lambda: loaded)
+            return quantization_cpu.linear(*arguments)
+
+    return linear
 
 
 def make(n, k, out, bits, dtype, group_size=None, bias=True, seed=0):
@@ -169,7 +203,7 @@ def test_what_cannot_be_done_says_why(call, message):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_kernels_agree_with_the_reference(kernel, dtype, bits):
-    linear = quantization.family(kernel)[0]
+    linear = linear_of(kernel)
     shapes = [
         (1, 2, 1),
         (2, 34, 5),
@@ -192,7 +226,7 @@ def test_kernels_agree_with_the_reference(kernel, dtype, bits):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 64), (4, 128), (8, 128), (4, 256), (4, 6)])
 def test_kernels_take_groups(kernel, bits, group_size):
-    linear = quantization.family(kernel)[0]
+    linear = linear_of(kernel)
     for dtype in DTYPES:
         for n in (1, 6, 14):
             arguments = make(n, 3 * group_size, 40, bits, dtype, group_size)
@@ -208,16 +242,14 @@ def test_channels_that_stand_out_cost_little(kernel, dtype):
     for n in (1, 20):
         x, *rest = make(n, 2048, 64, 8, dtype)
         x[:, torch.randperm(2048, generator=torch.Generator().manual_seed(1))[:8]] *= 30
-        assert relative_error(quantization.family(kernel)[0](x, *rest), x, *rest) < (
-            1e-5 if dtype == torch.float32 else 3.5e-2
-        )
+        assert relative_error(linear_of(kernel)(x, *rest), x, *rest) < (1e-5 if dtype == torch.float32 else 3.5e-2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 7])
 def test_huge_tiny_and_zero_inputs(kernel, dtype, n):
-    linear = quantization.family(kernel)[0]
+    linear = linear_of(kernel)
     x, weight, scale, bias, bits = make(n, 256, 33, 4, dtype)
     assert torch.equal(linear(torch.zeros_like(x), weight, scale, bias, bits), bias.expand(n, -1))
     large = 50 if dtype == torch.float16 else 1e30
@@ -237,11 +269,23 @@ def test_nan_and_inf_are_not_hidden(kernel, dtype):
         for bad in (float("nan"), float("inf")):
             x, *rest = make(n, 256, 33, 8, dtype)
             x[0, 200] = bad
-            y = quantization.family(kernel)[0](x, *rest)
+            y = linear_of(kernel)(x, *rest)
             assert not y[0, 1:].isfinite().any() and (kernel == "stock" or y[1:].isfinite().all())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_products_do_not_overflow(kernel, bits):
+    """Weights of -128 or -8 and inputs of one sign, whatever the kernel sums in between."""
+    weight = torch.full(
+        (40, 512 * bits // 8), -128 if bits == 8 else -0x78, dtype=torch.int8
+    )  # -0x78: two nibbles of 8
+    for n in (1, 4, 20):
+        arguments = (torch.full((n, 512), 3.0).half(), weight, torch.full((40,), 0.01).half(), None, bits)
+        assert relative_error(linear_of(kernel)(*arguments), *arguments) < 2e-2
+
+
+@pytest.mark.parametrize("kernel", [pytest.param("cpu", marks=needs_compiled), "stock", "torch"])
 def test_empty_batches_and_odd_shapes_of_the_input(kernel):
     layer = QuantizedLinear.from_linear(nn.Linear(64, 24), 4, backend=kernel)
     assert layer(torch.empty(0, 64)).shape == (0, 24)
