@@ -21,8 +21,8 @@ TOY = CODE / "examples" / "tiny"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def chat_parser(description):
-    """A parser of the options that the demos share: which weights, where, in what form, and how answers are sampled."""
+def model_parser(description):
+    """A parser of the options about the model: which weights, where, in what form."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TOY), help="folder with weights and tokenizer.model (default: the toy)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -33,6 +33,12 @@ def chat_parser(description):
         help="auto: float16, as released; bfloat16 on a CPU, if not quantized",
     )
     parser.add_argument("--quantize", type=int, default=0, choices=[0, 4, 8], help="hold the weights in so many bits")
+    return parser
+
+
+def chat_parser(description):
+    """`model_parser` with the options of how answers are sampled."""
+    parser = model_parser(description)
     parser.add_argument(
         "--max-new-tokens", type=int, default=None, help="tokens an answer may take (default: what fits)"
     )

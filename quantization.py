@@ -10,7 +10,7 @@ A kernel family is a file, `quantization_<family>.py`, behind the one op `chatgl
 
 import functools
 import warnings
-from typing import Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -99,33 +99,49 @@ def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Opti
 FAMILIES = {"cpu": ("cpu", "stock"), "cuda": ("triton", "cpm")}  # in the order "auto" tries them
 
 
-def family(name: str):
-    """(linear, unavailable) of the kernel family `name`."""
+class Family(NamedTuple):
+    """What a kernel family's file gives; the last three where its kernel reads weights in a layout of its own."""
+
+    linear: Callable  # as `reference_linear`
+    unavailable: Callable  # device -> None, or why it cannot run there
+    readable: Callable = lambda *_: False  # out_features, in_features, bits, group_size -> whether the layout holds it
+    to_layout: Optional[Callable] = None  # weight, bits -> the weight in the layout
+    from_layout: Optional[Callable] = None  # layout, out_features, in_features, bits -> the weight
+
+
+def family(name: str) -> Family:
+    """The kernel family `name`; its file is imported when it is first asked for."""
     if name == "triton":
         from .quantization_triton import linear, unavailable
-    elif name == "cpm":
+
+        return Family(linear, unavailable)
+    if name == "cpm":
         from .quantization_cpm import linear, unavailable
-    elif name == "cpu":
-        from .quantization_cpu import linear, unavailable
-    elif name == "stock":
-        from .quantization_stock import linear, unavailable
-    elif name == "torch":
-        return reference_linear, lambda device: None
-    else:
-        raise ValueError(f"backend={name!r}: choose auto, triton, cpm, cpu, stock or torch")
-    return linear, unavailable
+
+        return Family(linear, unavailable)
+    if name == "cpu":
+        from .quantization_cpu import from_layout, linear, readable, to_layout, unavailable
+
+        return Family(linear, unavailable, readable, to_layout, from_layout)
+    if name == "stock":
+        from .quantization_stock import from_layout, linear, readable, to_layout, unavailable
+
+        return Family(linear, unavailable, readable, to_layout, from_layout)
+    if name == "torch":
+        return Family(reference_linear, lambda device: None)
+    raise ValueError(f"backend={name!r}: choose auto, triton, cpm, cpu, stock or torch")
 
 
 @functools.lru_cache(None)
 def choose(backend: str, device: torch.device) -> str:
     """The family that computes `backend` on `device`; ValueError where a named one cannot run there, with the cure."""
     if backend != "auto":
-        reason = family(backend)[1](device)
+        reason = family(backend).unavailable(device)
         if reason:
             raise ValueError(f"backend={backend!r} cannot run on {device}: {reason}")
         return backend
     for name in FAMILIES.get(device.type, ()):
-        reason = family(name)[1](device)
+        reason = family(name).unavailable(device)
         if reason is None:
             return name
         message = f"quantized layers run slower on {device} than they might: {name} is passed over, since {reason}"
@@ -141,7 +157,7 @@ def quantized_linear(
     name = choose(backend, x.device)
     if laid_out_by(weight) not in (None, name):
         weight = released(weight, weight_scale, rows.shape[1], bits)
-    y = family(name)[0](rows, weight, weight_scale, bias, bits)
+    y = family(name).linear(rows, weight, weight_scale, bias, bits)
     return y.view(*x.shape[:-1], weight_scale.shape[0])
 
 
@@ -152,15 +168,8 @@ def laid_out_by(weight: Tensor) -> Optional[str]:
 
 def released(weight: Tensor, weight_scale: Tensor, in_features: int, bits: int) -> Tensor:
     """The released packing of a weight in any layout."""
-    if laid_out_by(weight) == "cpu":
-        from .quantization_cpu import from_layout
-
-        return from_layout(weight, weight_scale.shape[0], in_features, bits)
-    if laid_out_by(weight) == "stock":
-        from .quantization_stock import from_layout
-
-        return from_layout(weight)
-    return weight
+    name = laid_out_by(weight)
+    return family(name).from_layout(weight, weight_scale.shape[0], in_features, bits) if name else weight
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -252,20 +261,14 @@ class QuantizedLinear(Frozen, nn.Linear):
         hook = getattr(self, "_hf_hook", None)
         return any(getattr(hook, "offload", False) for hook in getattr(hook, "hooks", (hook,)))
 
+    @torch.inference_mode(False)  # what is made under it could not be trained on later
     def lay_out(self) -> None:
         """Put the weight into the layout that its kernel reads, where it has one of its own."""
-        if self.weight.device.type != "cpu":
-            return
-        name = choose(self.backend, self.weight.device)
-        if name == "cpu":
-            from .quantization_cpu import readable, to_layout
-        elif name == "stock":
-            from .quantization_stock import readable, to_layout
-        else:
-            return
-        if readable(self.out_features, self.in_features, self.bits, self.group_size):
-            self._replace_weight(to_layout(self.weight, self.bits))
+        kernel = family(choose(self.backend, self.weight.device))
+        if kernel.readable(self.out_features, self.in_features, self.bits, self.group_size):
+            self._replace_weight(kernel.to_layout(self.weight, self.bits))
 
+    @torch.inference_mode(False)
     def _release(self) -> None:
         self._replace_weight(released(self.weight, self.weight_scale, self.in_features, self.bits))
 
@@ -284,9 +287,9 @@ class QuantizedLinear(Frozen, nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         self._release()
         weight = state_dict.get(prefix + "weight")
-        if weight is not None and weight.is_floating_point():  # copying would truncate each weight to -1, 0 or 1
-            found = f"{prefix}weight is {weight.dtype} in the checkpoint, and the layer is int{self.bits}"
-            errors.append(f"{found}: load it into the unquantized model, then quantize")
+        if weight is not None and weight.dtype != torch.int8:  # copying would truncate each float to -1, 0 or 1
+            found = f"{prefix}weight is {weight.dtype} in the checkpoint, and int{self.bits} is held as torch.int8"
+            errors.append(f"{found}: load a float checkpoint into the unquantized model, then quantize")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 

@@ -14,13 +14,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantization_cpu_source import source
+from .quantization_cpu_source import WIDEST, source
 from .quantization_stock import linear as stock_linear
 
 ROWS, GROUP = 32, 128  # a block of the layout: output rows, inputs
@@ -45,18 +45,21 @@ def cache_folder() -> str:
     return tempfile.mkdtemp(prefix="chatglm2-")
 
 
-def instructions() -> Tuple[str, Tuple[str, ...]]:
-    """("avx512", "avx2" or "" for neither, the compiler's options for it), by what the system says of this CPU."""
+def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
+    """("avx512" or "avx2", the compiler's options) of what the system says this CPU has, the fastest first."""
     try:
         with open("/proc/cpuinfo") as file:
             known = set(next((line for line in file if line.startswith("flags")), "").split())
     except OSError:
         known = set()
+    found = []
     if known >= AVX512.keys():
-        return "avx512", (*FLAGS, *AVX512.values())
+        found.append(("avx512", (*FLAGS, *AVX512.values())))
+    if known >= {"avx2", "avx_vnni", "f16c", "fma"}:
+        found.append(("avx2", (*FLAGS, "-mavxvnni")))  # GCC knows it from 11 on
     if known >= {"avx2", "f16c", "fma"}:
-        return "avx2", (*FLAGS, *(["-mavxvnni"] if "avx_vnni" in known else []))
-    return "", ()
+        found.append(("avx2", FLAGS))
+    return found
 
 
 def compiled(kind: str, flags: Tuple[str, ...]) -> str:
@@ -76,8 +79,6 @@ def compiled(kind: str, flags: Tuple[str, ...]) -> str:
             # Linked without OpenMP's runtime: its symbols are those that torch has loaded, so that there is only one.
             for command in ([*flags, "-c", code, "-o", object_file], ["-shared", object_file, "-o", library]):
                 done = subprocess.run([compiler, *command], capture_output=True, text=True)
-                if done.returncode and "-mavxvnni" in flags:  # GCC knows it from 11 on
-                    return compiled(kind, tuple(flag for flag in flags if flag != "-mavxvnni"))
                 if done.returncode:
                     raise OSError(f"{compiler} could not compile the kernel: {done.stderr.strip()[-300:]}")
             os.replace(library, path)
@@ -89,13 +90,15 @@ def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
     """(the compiled kernels, "") or (None, why there are none and what would help)."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         return None, f"the kernel is written for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    kind, flags = instructions()
-    if not kind:
-        return None, "this CPU has neither AVX512-VNNI nor AVX2 instructions"
-    try:
-        library = ctypes.CDLL(compiled(kind, flags))
-    except (OSError, subprocess.SubprocessError) as error:
-        return None, str(error)
+    library, reason = None, "this CPU has neither AVX512-VNNI nor AVX2 instructions"
+    for kind, flags in instructions():  # an older compiler may know the slower ones alone
+        try:
+            library = ctypes.CDLL(compiled(kind, flags))
+            break
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = str(error)
+    if library is None:
+        return None, reason
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
     library.linear.argtypes = (p, p, p, p, p, p, n, n, n, n, n, i, i, i, i)
     library.linear_float32.argtypes = (p, p, p, p, p, n, n, n, n, i, i, i)
@@ -122,7 +125,7 @@ def _padded(size: int, multiple: int) -> int:
 def _on_large_pages(size: int) -> Tensor:
     """`size` bytes as int8, on 2 MiB pages where the system has them: a fifth faster to read from end to end."""
     if size < 1 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.int8)
+        return torch.empty(size, dtype=torch.int8, device="cpu")
     page = 1 << 21
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
@@ -192,7 +195,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
         _call("linear_float32", x, y, weight, weight_scale, bias, n, k, out, groups, bits, TYPES[weight_scale.dtype])
         return y
     group, width = min(group_size or GROUP, GROUP), _padded(k, GROUP)
-    scratch = torch.empty((n + 12) * (width + 8 * (width // group)), dtype=torch.int8)
+    scratch = torch.empty((n + WIDEST) * (width + 8 * (width // group)), dtype=torch.int8, device="cpu")
     types = TYPES[x.dtype], TYPES[weight_scale.dtype]
     _call("linear", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, group, bits, *types)
     return y
@@ -207,7 +210,7 @@ def _call(name, *arguments):
 def _float32_by_blocks(x, weight, weight_scale, bias, bits):
     """Many tokens in float32: the weight is restored 512 rows at a time and multiplied by torch."""
     (n, k), out = x.shape, weight_scale.shape[0]
-    y, restored = x.new_empty(n, out), torch.empty(k * 512)
+    y, restored = x.new_empty(n, out), x.new_empty(k * 512)
     for begin in range(0, weight.shape[0], 512 // ROWS):
         blocks = min(512 // ROWS, weight.shape[0] - begin)
         rows = slice(begin * ROWS, min((begin + blocks) * ROWS, out))

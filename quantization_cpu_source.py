@@ -3,12 +3,14 @@
 The layout it reads: int8 [out / 32, in / step, 128], padded to whole blocks of 32 rows and 128 inputs. A step is 4
 inputs (int8) or 8 (int4) of 32 rows: byte 4 * row + input holds q + 128, or q + 8 with the next four inputs in the high
 nibble. Unsigned, since the dot product takes them so; the offset is taken back by sums that start at -128 or -8 times
-the sum of the group's inputs. The same layout serves one token and many, and both sets of instructions.
+the sum of the group's inputs (AVX2 takes int8 with its sign, and starts at 0). The same layout serves one token and
+many, and both sets of instructions.
 
 Only a group of inputs times 32 rows, the tile, differs: 512 bits wide by hand, or 256 bits wide by intrinsics.
 """
 
 TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": (1, 2, 4)}  # tokens multiplied together: what the registers hold
+WIDEST = max(max(tokens) for tokens in TILES.values())
 
 
 def tile_source(bits: int, tokens: int) -> str:
@@ -180,7 +182,7 @@ static inline __m256i dots(__m256i sum, __m256i u, __m256i s, __m256i u2, __m256
 #endif
 }
 
-/* 8 * parts rows together. int8 moves its sign to x: |w| times it stays below 2 * 128 * 127, which fits. */
+/* 8 * parts rows together. int8 moves its sign to x: |w| times it is at most 2 * 128 * 127, which fits. */
 static inline __attribute__((always_inline)) void multiply(const uint8_t *w, const int8_t *x, const int32_t *start,
     const float *xs, const float *ws, float *sums, long steps, int bits, int tokens, int parts) {
   const __m256i nibble = _mm256_set1_epi8(15), highest = _mm256_set1_epi8(-128);
@@ -249,12 +251,12 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
     scales_of(scale, stype, block, out, groups, ws);
     for (long from = 0; from < n; from += WIDEST) {
       int tokens = width(n - from);
-      tile multiply = bits == 8 ? tiles_8[tokens] : tiles_4[tokens];
+      tile product = bits == 8 ? tiles_8[tokens] : tiles_4[tokens];
       memset(sums, 0, sizeof sums);
       for (long g = 0; g < ng; g++)
-        multiply(w + block * block_bytes + g * group_bytes, q + from * padded + g * group * tokens,
-                 start + (from * ng + g * tokens), xs + (from * ng + g * tokens),
-                 ws + (groups == 1 ? 0 : min(g * group * groups / k, groups - 1) * 32), sums, group_bytes / 128);
+        product(w + block * block_bytes + g * group_bytes, q + from * padded + g * group * tokens,
+                start + (from * ng + g * tokens), xs + (from * ng + g * tokens),
+                ws + (groups == 1 ? 0 : min(g * group * groups / k, groups - 1) * 32), sums, group_bytes / 128);
       for (long t = 0; t < min(tokens, n - from); t++)
         for (long r = 0; r < 32; r += 8) {
           long row = block * 32 + r;
@@ -326,14 +328,14 @@ void linear_float32(const float *x, float *y, const uint8_t *w, const void *scal
 /* The float weight of 32 * blocks rows, transposed: to[k][32 * blocks]; so are their scales: [groups][32 * blocks]. */
 void transposed(const uint8_t *w, const float *scale, float *to, long begin, long blocks, long k, long groups, int bits,
                 int threads) {
-  const long padded = (k + 127) / 128 * 128, inputs = bits == 4 ? 8 : 4, width = 32 * blocks;
+  const long padded = (k + 127) / 128 * 128, inputs = bits == 4 ? 8 : 4, rows = 32 * blocks;
   #pragma omp parallel for num_threads(threads) schedule(static)
   for (long from = 0; from < k; from += inputs)
-    for (long r = 0; r < width; r += LANES) {
-      const floats s = *(const floats *)(scale + from * groups / k * width + r);
+    for (long r = 0; r < rows; r += LANES) {
+      const floats s = *(const floats *)(scale + from * groups / k * rows + r);
       const words v = *(const words *)(w + (begin + r / 32) * padded * 4 * bits + from / inputs * 128 + 4 * (r % 32));
       for (long i = 0; i < min(inputs, k - from); i++)
-        *(floats *)(to + (from + i) * width + r) = weight(v, bits, i) * s;
+        *(floats *)(to + (from + i) * rows + r) = weight(v, bits, i) * s;
     }
 }
 """

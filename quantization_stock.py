@@ -2,7 +2,8 @@
 
 Float32 inputs, and weights in groups, are multiplied in float32. Half precision is multiplied by int8 weights: a few
 tokens in bfloat16 or as two int8 terms, more of them as one, but for the channels that stand far out. int4 weights are
-unpacked some rows at a time; where torch has an int4 product in vector code, they are held in its layout instead.
+unpacked some rows at a time; where torch has an int4 product in vector code, they are held in its layout instead, and
+a few tokens are multiplied in bfloat16, in groups too, whose scales it then rounds to bfloat16.
 """
 
 import functools
@@ -17,6 +18,7 @@ FEW_PACKED = 48  # torch's int4 product; beyond, unpacking
 FEW_BFLOAT16 = 12  # bfloat16; beyond, one int8 term
 FEW_INTEGERS = 4  # two int8 terms, where there is no bfloat16 product; beyond, one
 BLOCK = 1 << 22  # weights unpacked, or read twice, at a time; a quarter of it where they become float32
+X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def unavailable(device: torch.device) -> Optional[str]:
@@ -29,24 +31,32 @@ def unavailable(device: torch.device) -> Optional[str]:
 
 @functools.lru_cache(None)
 def multiplies_exactly(bits: int) -> bool:
-    """Whether torch multiplies int8 by int8, or by int4, on this CPU (torch 2.4 with oneDNN), and exactly.
+    """Whether torch multiplies int8 by int8, or by int4, fast on this CPU (torch 2.4 with oneDNN, x86), and exactly.
 
     Without VNNI instructions oneDNN adds two products in 16 bits: int4 weights fit, large int8 ones overflow unseen.
     """
-    x, weight = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 16), -128 >> 8 - bits, dtype=torch.int8)
+    if not (X86 and torch.backends.mkldnn.is_available()):
+        return False
+    x = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+    weight = torch.full((16, 64), -128 >> 8 - bits, dtype=torch.int8, device="cpu").t()  # as `linear` passes it
     try:
         products = torch._int_mm(x[:1], weight), torch._int_mm(x, weight)
     except (AttributeError, RuntimeError):
         return False
-    return torch.backends.mkldnn.is_available() and all((y == 64 * 127 * weight[0, 0].int()).all() for y in products)
+    return all((y == 64 * 127 * weight[0, 0].int()).all() for y in products)
 
 
 @functools.lru_cache(None)
 def has_vector_loops() -> bool:
     """Whether torch multiplies bfloat16 by int8 (torch 2.3), and in vector code, which builds for Windows lack."""
-    if not hasattr(torch, "_weight_int8pack_mm") or platform.system() == "Windows":
+    try:
+        q = torch.ones(16, 16, dtype=torch.int8, device="cpu")
+        torch._weight_int8pack_mm(q.bfloat16(), q, q[0].bfloat16())
+    except (AttributeError, RuntimeError):
         return False
-    return platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    if platform.system() == "Windows":
+        return False
+    return not X86 or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
 # ---- torch's int4 layout --------------------------------------------------------------------------------------------
@@ -61,12 +71,12 @@ def rows_of_a_block() -> int:
     """
     if not has_vector_loops() or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return 0
-    q = torch.arange(64 * 32, dtype=torch.int32).mul_(7).bitwise_right_shift_(2).bitwise_and_(15).view(64, 32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-    for rows in (64, 32):
-        if torch.equal(_from_blocks(packed, rows).t() + 8, q):
-            return rows
-    return 0
+    q = torch.randint(16, (64, 32), dtype=torch.int32, device="cpu", generator=torch.Generator().manual_seed(0))
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+    except (AttributeError, RuntimeError):
+        return 0
+    return next((rows for rows in (64, 32) if torch.equal(_from_blocks(packed, rows).t().int() + 8, q)), 0)
 
 
 def readable(out_features: int, in_features: int, bits: int, group_size: Optional[int]) -> bool:
@@ -78,20 +88,20 @@ def readable(out_features: int, in_features: int, bits: int, group_size: Optiona
 
 def to_layout(weight: Tensor, bits: int) -> Tensor:
     """The released packing, int8 [out, in / 2] -> the layout in as many bytes, uint8 [out, in / 2]."""
+    weight = weight.contiguous()
     layout, rows = torch.empty_like(weight, dtype=torch.uint8), _rows(2 * weight.shape[1])
     for begin in range(0, len(weight), rows):
         q = _integers(weight[begin : begin + rows], bits).t()
         q = torch.stack(q.chunk(2, dim=1), dim=-1).flatten(1)  # even inputs, then odd ones -> their own order
-        part = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
-        layout[begin : begin + rows] = part
+        layout[begin : begin + rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
     return layout
 
 
-def from_layout(layout: Tensor) -> Tensor:
-    """The reverse of `to_layout`."""
-    packed, rows = torch.empty_like(layout, dtype=torch.int8), _rows(2 * layout.shape[1])
-    for begin in range(0, len(layout), rows):
-        q = _integers(layout[begin : begin + rows], 4).t()
+def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
+    """The reverse of `to_layout`: uint8 [out, in / 2] -> int8 [out, in / 2]."""
+    packed, rows = torch.empty_like(layout, dtype=torch.int8), _rows(in_features)
+    for begin in range(0, out_features, rows):
+        q = _integers(layout[begin : begin + rows], bits).t()
         packed[begin : begin + rows] = (q[:, 0::2] & 15) << 4 | (q[:, 1::2] & 15)
     return packed
 
@@ -105,7 +115,7 @@ def _rows(in_features: int, weights: int = BLOCK) -> int:
 def _unit_scales(in_features: int, out_features: int) -> Tensor:
     """torch's int4 product with scales of 1, bfloat16 [in / group, out, 2]: the row's own scale comes after it."""
     group = next(size for size in (256, 128, 64, 32) if in_features % size == 0)
-    return torch.tensor([1, 0], dtype=torch.bfloat16).repeat(in_features // group, out_features, 1)
+    return torch.tensor([1, 0], dtype=torch.bfloat16, device="cpu").repeat(in_features // group, out_features, 1)
 
 
 def _packed_product(x: Tensor, layout: Tensor, weight_scale: Tensor) -> Tensor:
@@ -130,7 +140,7 @@ def _integers(weight: Tensor, bits: int) -> Tensor:
     if weight.dtype == torch.uint8:
         return _from_blocks(weight, rows_of_a_block())
     rows, half = weight.shape
-    q = torch.empty(rows, 2, half, dtype=torch.int8)
+    q = weight.new_empty(rows, 2, half)
     _split(weight, q[:, 1], q[:, 0], flip=True)
     return q.view(rows, 2 * half).t()
 
@@ -138,7 +148,7 @@ def _integers(weight: Tensor, bits: int) -> Tensor:
 def _from_blocks(layout: Tensor, rows: int) -> Tensor:
     """`_integers` of whole blocks of torch's int4 layout: inputs in their own order."""
     k = 2 * layout.shape[1]
-    q = torch.empty(k, len(layout) // rows, 2, rows // 2, dtype=torch.int8)
+    q = layout.new_empty(k, len(layout) // rows, 2, rows // 2, dtype=torch.int8)
     _split(layout.view(torch.int8).view(-1, k, rows // 2).transpose(0, 1), q[:, :, 0], q[:, :, 1], flip=False)
     return q.view(k, len(layout))
 
@@ -164,42 +174,58 @@ def _split(packed: Tensor, low: Tensor, high: Tensor, flip: bool) -> None:
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
     """x [N, in] -> [N, out]. `weight` is in the released packing or in torch's int4 layout."""
     (n, k), out, dtype = x.shape, weight_scale.shape[0], x.dtype
-    half, laid_out = dtype in (torch.float16, torch.bfloat16), weight.dtype == torch.uint8
+    half, laid_out, weight = dtype in (torch.float16, torch.bfloat16), weight.dtype == torch.uint8, weight.contiguous()
     if laid_out and half and 0 < n <= FEW_PACKED:
         y = _packed_product(x, weight, weight_scale)
         return (y if bias is None else y + bias.float()).to(dtype)
-    x, reordered = x.float(), bits == 4 and not laid_out
-    if reordered:
-        x = torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
-    integers = half and weight_scale.dim() == 1 and min(n, k) > 0
-    if integers and n <= FEW_BFLOAT16 and has_vector_loops() and k % 16 == 0:  # elsewhere torch reads past the rows
-        multiply, block = _by_bfloat16(x), BLOCK if bits == 4 else out * k
-    elif integers and multiplies_exactly(bits):
-        multiply, block = _by_two_integers(x) if n <= FEW_INTEGERS else _by_integers(x), BLOCK
+    even_first = bits == 4 and not laid_out
+    x = _even_first(x.float()) if even_first else x.float()
+    if half and weight_scale.dim() == 1 and min(n, k) > 0:
+        multiply, rows = _by_integers(x, bits)
     else:
-        multiply, block = lambda q: x @ q.float(), BLOCK // 4
-    y, rows = torch.empty(n, out, dtype=dtype), _rows(k, block)
+        multiply, rows = _by_float32(x)
+    y = x.new_empty(n, out, dtype=dtype)
     for begin in range(0, out, rows):
         part = slice(begin, begin + rows)
         q, scale = _integers(weight[part], bits), weight_scale[part].float()
         if scale.dim() == 2:
             scale = scale.repeat_interleave(k // scale.shape[1], dim=1)
-            q = q * (torch.cat((scale[:, 0::2], scale[:, 1::2]), dim=1) if reordered else scale).t()
+            q = q * (_even_first(scale) if even_first else scale).t()
             scale = 1
         product = multiply(q) * scale
         y[:, part] = product if bias is None else product.add_(bias[part])
     return y
 
 
-# Each takes x [N, in], and returns what multiplies it by q [in, rows], int8, to float32 [N, rows].
+def _even_first(x: Tensor) -> Tensor:
+    """[N, in] in the order in which `_integers` unpacks the released int4 packing."""
+    return torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
 
 
-def _by_bfloat16(x: Tensor):
+# Each takes x [N, in], and returns what multiplies it by q [in, rows] to [N, rows], and for how many rows at a time.
+
+
+def _by_float32(x: Tensor):
+    return (lambda q: x @ q.float()), _rows(x.shape[1], BLOCK // 4)
+
+
+def _by_integers(x: Tensor, bits: int):
+    """The fastest way for so many tokens; q is int8."""
+    n, k = x.shape
+    if n <= FEW_BFLOAT16 and k % 16 == 0 and has_vector_loops():  # other k: torch reads past the rows
+        return _by_bfloat16(x, bits)
+    if not multiplies_exactly(bits):
+        return _by_float32(x)
+    return (_by_two_terms(x) if n <= FEW_INTEGERS else _by_one_term(x)), _rows(k)
+
+
+def _by_bfloat16(x: Tensor, bits: int):
     x = x.to(torch.bfloat16)
-    return lambda q: torch._weight_int8pack_mm(x, q.t(), torch.ones(q.shape[1], dtype=x.dtype))
+    rows = _rows(x.shape[1], BLOCK if bits == 4 else 1 << 62)  # int8 is read where it lies, all rows at once
+    return (lambda q: torch._weight_int8pack_mm(x, q.t(), x.new_ones(q.shape[1]))), rows
 
 
-def _by_two_integers(x: Tensor):
+def _by_two_terms(x: Tensor):
     """x = (first + second / 254) * scale, to a 64,516th of a token's peak; torch is fast with one token at a time."""
     first, scale = _round_tokens(x)
     second = ((x / torch.where(scale == 0, 1, scale) - first) * 254).round_().to(torch.int8)
@@ -208,7 +234,7 @@ def _by_two_integers(x: Tensor):
                                 for i in rows]) * scale  # fmt: skip
 
 
-def _by_integers(x: Tensor):
+def _by_one_term(x: Tensor):
     """Each token as one int8 term, but for the channels whose peak is above 8 times the middle one: in float32."""
     peaks = x.abs().amax(dim=0)
     outliers = (peaks > 8 * peaks.median()).nonzero().flatten()

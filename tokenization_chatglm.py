@@ -57,9 +57,13 @@ class SPTokenizer:
     @cached_property
     def _tokenizer(self):
         """A decoder of the same text in Rust, under the name by which `transformers serve` asks for one."""
-        vocab = {self.sp_model.IdToPiece(i): i for i in range(self.sp_model.vocab_size())} | self.special_tokens
-        hidden = [piece for piece, i in vocab.items() if i in self.index_special_tokens or i <= self.eos_id]
+        vocab, silent = self.get_vocab(), (self.sp_model.unk_id(), self.bos_id, self.eos_id)
+        hidden = [piece for piece, i in vocab.items() if i in self.index_special_tokens or i in silent]
         return rust_decoder(vocab, hidden)
+
+    def get_vocab(self):
+        """token -> id, the pieces and the commands."""
+        return {self.sp_model.IdToPiece(i): i for i in range(self.sp_model.vocab_size())} | self.special_tokens
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
@@ -102,9 +106,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def get_vocab(self):
         """token -> id, one name for every id below `vocab_size`, and the tokens that a user added."""
-        pieces = self.tokenizer.sp_model
-        vocab = {pieces.IdToPiece(i): i for i in range(pieces.vocab_size())}
-        return vocab | self.tokenizer.special_tokens | self.get_added_vocab()
+        return self.tokenizer.get_vocab() | self.get_added_vocab()
 
     def get_command(self, token):
         """Id of a command: [MASK], [gMASK], [sMASK], sop, eop, or <bos>, <eos>, <pad>.

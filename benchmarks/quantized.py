@@ -2,7 +2,7 @@
 
 Weights are random. llama.cpp (Q4_0, Q8_0, the same number of threads) runs in a process of its own where --llama names
 a Python that has llama-cpp-python and gguf. The original's way dequantizes a weight, then multiplies by it: the linear
-layers of one block are timed, and taken as often as there are blocks.
+layers of one block are timed once, after the others, and taken as often as there are blocks.
 """
 
 import statistics
@@ -35,7 +35,7 @@ def arguments(parser):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--group-size", type=int, help="a scale for so many inputs, not for a row")
     parser.add_argument("--small-head", action="store_true", help="the embedding and the output layer in int8 too")
     parser.add_argument("--llama", help="a Python with llama-cpp-python and gguf")
@@ -110,7 +110,8 @@ def errors(bits, backend, group_size, dtype, device):
             x[:, torch.randperm(4096)[:8]] *= size
             x = x.to(dtype)
             want = quantization.reference_linear(x.float(), weight, scale, None, bits)
-            got = quantization.family(quantization.choose(backend, x.device))[0](x, weight, scale, None, bits)
+            kernel = quantization.family(quantization.choose(backend, x.device))
+            got = kernel.linear(x, weight, scale, None, bits)
             result[f"{name}, {tokens} tokens"] = round(((got.float() - want).norm() / want.norm()).item(), 5)
     return result
 
@@ -131,11 +132,15 @@ def time_model(args, bits, backend):
         timers = {"ours": partial(time_ours, model, task)}
         if llama:
             timers["llama.cpp"] = partial(llama.time, task)
-        if quantized and backend == "auto":
-            timers["dequantize"] = partial(time_original, layers[:4], args.layers, task)
-        times = take_turns(timers, args.rounds)
-        row = {name: round(tokens / statistics.median(record), 3) for name, record in times.items()}
-        row["ratios"] = {name: ratio(times, other=name) for name in times if name != "ours"}
+        times = take_turns(timers, args.rounds if tokens < 512 else min(args.rounds, 2))  # these take half a minute
+        if quantized and backend == "auto":  # far slower, and what it leaves in caches and memory slows the others down
+            times["dequantize"] = [time_original(layers[:4], args.layers, task)]
+        middle = {name: statistics.median(record) for name, record in times.items()}
+        row = {name: round(tokens / middle[name], 3) for name in times}
+        row["ratios"] = {"llama.cpp": ratio(times, other="llama.cpp")} if llama else {}
+        if "dequantize" in times:
+            row["ratios"]["dequantize"] = round(middle["dequantize"] / middle["ours"], 2)
+        row["rounds"] = len(times["ours"])
         result["tokens_per_second"][task] = row
         print(f"{bits:2} bits, {backend}, {task}: {row}", flush=True)
     if quantized:
@@ -151,7 +156,7 @@ def time_model(args, bits, backend):
 
 def run(args):
     if args.instructions:
-        quantization_cpu.instructions = lambda: (args.instructions, quantization_cpu.FLAGS)
+        quantization_cpu.instructions = lambda: [(args.instructions, quantization_cpu.FLAGS)]
     limits = machine(getattr(torch, args.dtype), args.device)
     runs = [time_model(args, bits, b) for bits in args.bits for b in (args.backends if bits < 16 else ["auto"])]
     args.llama = "llama.cpp" if args.llama else None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ORIGINAL = "dequantize, then multiply"  # what the released code does
 CHINESE = {
     "context": "上下文",
     "GlmForCausalLM / ours": "GlmForCausalLM / 本项目",
@@ -26,7 +27,7 @@ CHINESE = {
     "the C kernel": "C 内核",
     "the C kernel, AVX2 alone": "C 内核，仅 AVX2",
     "torch's own operators": "torch 自带算子",
-    "dequantize, then multiply": "先反量化再相乘",
+    ORIGINAL: "先反量化再相乘",
     "with int8 embedding and output layer": "词嵌入与输出层为 int8",
     "tokens/s; x: as fast as llama.cpp": "tokens/s；x：是 llama.cpp 的几倍",
     "threads": "线程",
@@ -128,17 +129,27 @@ def weights(run, dtype=None):
     return f"int{run['bits']}" if run["bits"] < 16 else dtype or run["dtype"]
 
 
+def computed_by(record, run):
+    """What multiplied by the quantized weights."""
+    if run["backend"] == "stock":
+        return "torch's own operators"
+    return "the C kernel, AVX2 alone" if record["settings"].get("instructions") else "the C kernel"
+
+
+def quantized_runs():
+    """The newest runs of the quantized benchmark."""
+    return newest("quantized", "small_head", "bits", "dtype", "backends", "instructions")[::-1]
+
+
 def quantized(say):
-    records = newest("quantized", "small_head", "bits", "dtype", "backends", "instructions")[::-1]
+    records = quantized_runs()
     tasks, rows = ["decode", "prefill 32", "prefill 512"], []
     for record in records:
         for run in record["runs"]:
             name = weights(run, record["settings"]["dtype"])
             if record["settings"]["small_head"]:
                 name += ", " + say("with int8 embedding and output layer")
-            by = {"auto": "the C kernel", "stock": "torch's own operators"}[run["backend"]]
-            if record["settings"].get("instructions"):
-                by = "the C kernel, AVX2 alone"
+            by = computed_by(record, run)
             cells, original = [], []
             for task in tasks:
                 speed = run["tokens_per_second"][task]
@@ -147,16 +158,14 @@ def quantized(say):
                 original += [f"{speed['dequantize']:.2g}"] if "dequantize" in speed else []
             rows.append([name, say(by) if run["bits"] < 16 else "F.linear", *cells])
             if original:
-                rows.append([name, say("dequantize, then multiply"), *original])
+                rows.append([name, say(ORIGINAL), *original])
     made = table(["weights", "computed by", *tasks], rows, records, "quantized", say)
     return made and f"{made} ({say('tokens/s; x: as fast as llama.cpp')})"
 
 
 def errors(say):
-    rows, records = (
-        [],
-        [r for r in newest("quantized", "bits", "backends", "instructions") if "instructions" not in r["settings"]],
-    )
+    records = newest("quantized", "bits", "backends", "instructions")
+    records = [record for record in records if "instructions" not in record["settings"]]
     seen = {}
     for record in records:
         for run in record["runs"]:
@@ -199,8 +208,11 @@ PICTURES = {  # benchmark -> the rows' x and its name, {line: name}, the name of
 }
 
 
+NOTHING = {"Date": None, "Creator": None}  # which would change without a figure changing
+
+
 def pictures():
-    """results/decode.svg, prefill.svg, memory.svg: the newest runs of the small shape."""
+    """results/decode.svg, prefill.svg, memory.svg: the newest runs of the small shape; and quantized.svg."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -227,8 +239,35 @@ def pictures():
         else:
             axes.set_yscale("log")
         axes.legend(fontsize="small")
-        figure.savefig(RESULTS / f"{benchmark}.svg", metadata={"Date": None})
+        figure.savefig(RESULTS / f"{benchmark}.svg", metadata=NOTHING)
         plt.close(figure)
+    quantized_picture(plt)
+
+
+def quantized_picture(plt):
+    """results/quantized.svg: tokens a second of the 6.2B shapes, by what computed them."""
+    bars = {}  # (bits, name) -> {task: tokens a second}
+    for record in quantized_runs():
+        for run in record["runs"]:
+            if record["settings"]["small_head"] or run["bits"] == 16:
+                continue
+            names = {"ours": computed_by(record, run), "llama.cpp": "llama.cpp", "dequantize": ORIGINAL}
+            for task, speed in run["tokens_per_second"].items():
+                for key in names.keys() & speed.keys():
+                    bars.setdefault((run["bits"], names[key]), {}).setdefault(task, speed[key])
+    if not bars:
+        return
+    keys = sorted(bars, key=lambda key: (-key[0], bars[key]["prefill 512"]))
+    labels = [f"int{bits}: {name}" for bits, name in keys]
+    colors = ["C7" if name in ("llama.cpp", ORIGINAL) else "C0" for _, name in keys]
+    figure, panes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
+    for axes, task in zip(panes, ("decode", "prefill 512")):
+        shown = axes.barh(labels, [bars[key][task] for key in keys], color=colors)
+        axes.bar_label(shown, fmt="%.3g", padding=2, fontsize="small")
+        axes.set(xlabel=f"{task}, tokens a second")
+        axes.margins(x=0.15)
+    figure.savefig(RESULTS / "quantized.svg", metadata=NOTHING)
+    plt.close(figure)
 
 
 def arguments(parser):

@@ -11,7 +11,6 @@ inputs_pretokenized (question and options in one text) and label (0 to 3).
 val is scored. test has no answers: it gives the file that C-Eval's site takes.
 """
 
-import argparse
 import csv
 import json
 import sys
@@ -22,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from cli_demo import DTYPES, TOY, load_or_exit  # noqa: E402
+from cli_demo import load_or_exit, model_parser  # noqa: E402
 
 LETTERS = "ABCD"
 COLUMNS = ("id", "question", *LETTERS)
@@ -238,7 +237,7 @@ def evaluate(judge, questions, examples, split="val", shots=0, reasoning=False):
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = model_parser(__doc__)
     parser.add_argument("data", help="folder with val, and with dev or test")
     parser.add_argument("--split", default="val", choices=["val", "test"], help="val is scored (default)")
     parser.add_argument("--shots", type=int, default=0, help="examples from dev, as rounds before (default: 0)")
@@ -249,10 +248,6 @@ def parse_arguments(arguments=None):
     parser.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="some of them (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default: 8)")
     parser.add_argument("--output", default="ceval.json", help="scores, or the submission (default: ceval.json)")
-    parser.add_argument("--model", default=str(TOY), help="folder with weights and tokenizer.model (default: the toy)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="as in cli_demo.py")
-    parser.add_argument("--quantize", type=int, default=0, choices=[0, 4, 8], help="hold the weights in so many bits")
     args = parser.parse_args(arguments)
     for name, least in (("shots", 0), ("batch_size", 1), ("max_new_tokens", 1)):
         if getattr(args, name) < least:

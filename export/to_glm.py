@@ -162,12 +162,11 @@ def glm_tokenizer(tokenizer, template):
     Two differences: a text that begins with "[gMASK]sop" begins with these two ids, which is how a rendered chat
     template gets them, and <unk>, <s> and </s> are shown by decode() unless skip_special_tokens=True.
     """
-    pieces = tokenizer.tokenizer.sp_model
-    vocab = {pieces.IdToPiece(i): i for i in range(pieces.vocab_size())}
+    pieces, commands = tokenizer.tokenizer.sp_model, tokenizer.tokenizer.special_tokens
+    vocab = tokenizer.tokenizer.get_vocab()
     text = {piece: i for piece, i in vocab.items() if tokenizer._is_text(i) and not pieces.IsByte(i)}
     merges = generate_merges(text, {piece: pieces.GetScore(i) for piece, i in text.items()})
-    commands = dict(tokenizer.tokenizer.special_tokens)
-    vocab |= {{"[gMASK]": GMASK, "sop": SOP}.get(name, name): i for name, i in commands.items()}
+    vocab = {{"[gMASK]": GMASK, "sop": SOP}.get(name, name): i for name, i in vocab.items()}
 
     fast = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     fast.normalizer = normalizers.Sequence(

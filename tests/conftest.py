@@ -2,7 +2,10 @@
 
 import importlib.util
 import os
+import socket
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import hypothesis
@@ -39,6 +42,36 @@ def import_train():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+ANSWERS = {  # of the carried checkpoint
+    "你好": "你好！我是一个很小的 ChatGLM2 演示模型，很高兴和你聊天。",
+    "早上好": "早上好！愿你今天一切顺利，记得吃早餐。",
+    "谢谢": "不客气，很高兴能帮上忙。",
+    "再见": "再见！祝你一路平安，下次再聊。",
+}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(true, what, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+def listens(url, process, log):
+    """Whether `url` answers; fails where its server's `process` has ended, with the end of what it wrote to `log`."""
+    assert process.poll() is None, log.read_text(encoding="utf-8")[-3000:]
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
 
 
 def pytest_configure(config):

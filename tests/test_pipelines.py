@@ -5,16 +5,11 @@ import threading
 import pytest
 import torch
 from chatglm2.modeling_chatglm import ChatGLMForSequenceClassification
-from conftest import TINY
+from conftest import ANSWERS, TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 pytestmark = pytest.mark.needs_transformers("4.48", "pipelines over messages")
 
-ANSWERS = {
-    "你好": "你好！我是一个很小的 ChatGLM2 演示模型，很高兴和你聊天。",
-    "早上好": "早上好！愿你今天一切顺利，记得吃早餐。",
-    "谢谢": "不客气，很高兴能帮上忙。",
-}
 GREEDY = {"do_sample": False, "max_new_tokens": 64}
 
 

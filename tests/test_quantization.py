@@ -50,7 +50,7 @@ def library(kind):
     if kind == "avxvnni":
         flags += (*quantization_cpu.AVX512.values(), "-D__AVXVNNI__", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantization_cpu, "instructions", lambda: ("avx2", flags))
+        patch.setattr(quantization_cpu, "instructions", lambda: [("avx2", flags)])
         return quantization_cpu.load_library.__wrapped__()
 
 
@@ -58,8 +58,8 @@ def linear_of(kernel):
     """The function of a kernel family, the C kernels' for this CPU or for another kind."""
     name, _, kind = kernel.partition(": ")
     if not kind:
-        return quantization.family(name)[0]
-    if kind == "avxvnni" and quantization_cpu.instructions()[0] != "avx512":
+        return quantization.family(name).linear
+    if kind == "avxvnni" and quantization_cpu.instructions()[0][0] != "avx512":
         pytest.skip("this CPU has no VNNI instruction of 256 bits")
 
     loaded = library(kind)
@@ -279,7 +279,7 @@ def test_the_largest_products_do_not_overflow(kernel, bits):
     """Weights of -128 or -8 and inputs of one sign, whatever the kernel sums in between."""
     weight = torch.full(
         (40, 512 * bits // 8), -128 if bits == 8 else -0x78, dtype=torch.int8
-    )  # -0x78: two nibbles of 8
+    )  # -0x78: two nibbles of -8
     for n in (1, 4, 20):
         arguments = (torch.full((n, 512), 3.0).half(), weight, torch.full((40,), 0.01).half(), None, bits)
         assert relative_error(linear_of(kernel)(*arguments), *arguments) < 2e-2
@@ -528,7 +528,7 @@ def test_casting_moves_the_scale_and_never_the_weight():
 
 def test_a_float_weight_is_refused_rather_than_truncated():
     layer = QuantizedLinear.from_linear(nn.Linear(64, 40), 8)
-    with pytest.raises(RuntimeError, match="weight is torch.float32 in the checkpoint, and the layer is int8"):
+    with pytest.raises(RuntimeError, match="weight is torch.float32 in the checkpoint, and int8 is held as torch.int8"):
         layer.load_state_dict(nn.Linear(64, 40).state_dict(), strict=False)
 
 

@@ -64,7 +64,7 @@ def test_every_way_agrees_with_the_reference(way, bits, monkeypatch):
                 y = quantization_stock.linear(x, weight, *rest)
                 assert y.shape == (n, 192) and y.dtype == dtype
                 if weight.dtype == torch.uint8:
-                    weight = quantization_stock.from_layout(weight)
+                    weight = quantization_stock.from_layout(weight, 192, 512, bits)
                 limit = 1e-5 if dtype == torch.float32 else LIMIT[way]
                 assert relative_error(y, x, weight, *rest) < limit, (dtype, n, outliers)
 
@@ -92,7 +92,7 @@ def test_the_layout_is_the_released_packing_in_another_order(blocks, columns, se
     weight.random_(-128, 128, generator=torch.Generator().manual_seed(seed))
     layout = quantization_stock.to_layout(weight, 4)
     assert layout.dtype == torch.uint8 and layout.nbytes == weight.nbytes
-    assert torch.equal(quantization_stock.from_layout(layout), weight)
+    assert torch.equal(quantization_stock.from_layout(layout, rows * blocks, 32 * columns, 4), weight)
 
 
 @needs_layout
@@ -113,6 +113,20 @@ def test_a_layer_holds_the_layout_alone_and_gives_the_released_packing():
     layer.backend = "torch"
     layer._replace_weight(quantization_stock.to_layout(weight, 4))  # laid out by a family that is not asked any more
     torch.testing.assert_close(layer.half()(x), y, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", ["auto", "stock", "torch"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_layer_first_used_under_inference_mode_can_be_trained_on(backend, bits):
+    layer = QuantizedLinear.from_linear(nn.Linear(96, 128).half(), bits, backend=backend)
+    x = torch.randn(3, 96).half()
+    with torch.inference_mode():
+        y = layer(x)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    with torch.inference_mode():
+        layer.state_dict()  # back in the released packing
+    assert torch.equal(layer(x), y) and x.grad.isfinite().all() and x.grad.any()
 
 
 PROGRAM = """
@@ -153,8 +167,6 @@ def test_other_cpus_get_right_values(variable, value, expected):
     worst, *found = json.loads(done.stdout)
     found = dict(zip(("exact int8", "exact int4", "vector loops", "rows"), found))
     assert worst < 1.2e-2
-    if quantization_stock.rows_of_a_block() == 64 and quantization_stock.multiplies_exactly(
-        8
-    ):  # else nothing is taken away
-        for name, want in zip(expected[0::2], expected[1::2]):
-            assert found[name] == want
+    has_all = quantization_stock.rows_of_a_block() == 64 and quantization_stock.multiplies_exactly(8)
+    for name, want in zip(expected[0::2], expected[1::2]):
+        assert found[name] == want or not has_all  # where this CPU has less, nothing was taken away

@@ -1,38 +1,20 @@
 """transformers' own server and terminal chat run the carried checkpoint, asked by the real `openai` client."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ANSWERS, TINY, free_port, listens, until
 
 pytestmark = pytest.mark.tools
 
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
-ANSWERS = {
-    "你好": "你好！我是一个很小的 ChatGLM2 演示模型，很高兴和你聊天。",
-    "早上好": "早上好！愿你今天一切顺利，记得吃早餐。",
-    "谢谢": "不客气，很高兴能帮上忙。",
-    "再见": "再见！祝你一路平安，下次再聊。",
-}
 # An answer that goes on as long as it may: </s> does not end it, and no token that does is ever made.
 ENDLESS = {"max_tokens": 100_000, "extra_body": {"generation_config": '{"eos_token_id": 1604, "pad_token_id": 0}'}}
-
-
-def wait_until_healthy(url, process, log, seconds=90):
-    for _ in range(seconds * 4):
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            return urllib.request.urlopen(url, timeout=1).read()
-        except OSError:
-            time.sleep(0.25)
-    raise TimeoutError(f"{url} did not answer within {seconds} s: {log.read_text()[-3000:]}")
 
 
 PAGED = ("--continuous-batching", "--cb-num-blocks", "64")  # not most of the memory, as it takes by itself
@@ -56,15 +38,13 @@ def folder_and_options(request, tmp_path_factory):
 def server(folder_and_options, tmp_path_factory):
     """Base URL and process number of `transformers serve`."""
     folder, options = folder_and_options
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     command = [TRANSFORMERS, "serve", folder, "--trust-remote-code", "--device", "cpu", "--port", str(port)]
     with log.open("w") as f:
         process = subprocess.Popen([*command, *options], stdout=f, stderr=f, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        wait_until_healthy(f"http://localhost:{port}/health", process, log)
+        until(lambda: listens(f"http://localhost:{port}/health", process, log), "no answer", seconds=90)
         yield f"http://localhost:{port}/v1", process.pid
     finally:
         process.terminate()

@@ -3,17 +3,16 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, free_port, listens, until
 from transformers import LogitsProcessor
 
 pytestmark = pytest.mark.tools
@@ -30,43 +29,23 @@ FLAGS = (
 )
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def until(true, what, seconds=30):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
-
-
 @contextmanager
 def command():
     """The address of `python web_demo.py`, run as a person runs it."""
     port = free_port()
     arguments = [str(ROOT / "web_demo.py"), "--device", "cpu", "--temperature", "0", "--port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    server = subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/"
-    )
     url = f"http://127.0.0.1:{port}"
-
-    def answers():
-        assert server.poll() is None, server.stdout.read().decode()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        with log.open("w") as file:
+            server = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=file, stderr=file, cwd="/")
         try:
-            return urllib.request.urlopen(url, timeout=5).status == 200
-        except urllib.error.URLError:
-            return False
-
-    try:
-        until(answers, "web_demo.py does not listen", seconds=120)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+            until(lambda: listens(url, server, log), "web_demo.py does not listen", seconds=120)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
 
 
 @contextmanager
