@@ -166,7 +166,7 @@ def main(arguments=None):
         import readline  # noqa: F401  (input() gains line editing and history)
     except ImportError:
         write("(line editing needs the readline module)\n")  # Windows
-    bits = f"int{args.quantize}" if args.quantize else str(model.dtype).removeprefix("torch.")
+    bits = f"int{args.quantize}" if args.quantize else str(model.dtype).replace("torch.", "")
     write(
         f"ChatGLM2 from {args.model} in {bits} on {model.device}. clear: forget, stop: leave, Ctrl-C: end an answer.\n"
     )

@@ -205,7 +205,7 @@ def dequantized_linear(
     return y
 
 
-@functools.cache
+@functools.lru_cache(None)
 def capability(device: torch.device) -> int:
     """Compute capability, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -226,13 +226,13 @@ def launch(kernel, grid: tuple, *arguments) -> None:
         kernel(grid, (THREADS, 1, 1), 0, torch.cuda.current_stream().cuda_stream, params)
 
 
-@functools.cache
+@functools.lru_cache(None)
 def function(name: str, arch: int, bits: int, x: torch.dtype, scale: torch.dtype, grouped: bool, rows: int):
     """The kernel `name` for one kind of card and these types: a KernelFunction, which loads itself on each card."""
     from cpm_kernels.kernels.base import KernelFunction, LazyKernelCModule
 
-    macros = dict(BITS=bits, X=TYPES[x], SCALE=TYPES[scale], GROUPED=int(grouped), ROWS=rows)
-    macros = [f"-D{k}={v}" for k, v in (macros | dict(OUTS=OUTS, THREADS=THREADS)).items()]
+    macros = {"BITS": bits, "X": TYPES[x], "SCALE": TYPES[scale], "GROUPED": int(grouped), "ROWS": rows}
+    macros = [f"-D{k}={v}" for k, v in {**macros, "OUTS": OUTS, "THREADS": THREADS}.items()]
     return KernelFunction(LazyKernelCModule(build(arch, macros)), name)
 
 

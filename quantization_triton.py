@@ -106,7 +106,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
     return y
 
 
-@functools.cache
+@functools.lru_cache(None)
 def programs_wanted(device: torch.device) -> int:
     """Programs that keep the card's memory busy: two for each multiprocessor."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
@@ -251,7 +251,7 @@ def _sum_splits(part_ptr, bias_ptr, y_ptr, rows, out, SPLITS: tl.constexpr, BLOC
     tl.store(y_ptr + row * out + outs, sums.to(y_ptr.dtype.element_ty), outs < out)
 
 
-@functools.cache
+@functools.lru_cache(None)
 def kernels() -> dict:
     """The kernels by name, ready to launch. The first call imports Triton."""
     import triton

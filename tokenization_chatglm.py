@@ -63,7 +63,8 @@ class SPTokenizer:
 
     def get_vocab(self):
         """token -> id, the pieces and the commands."""
-        return {self.sp_model.IdToPiece(i): i for i in range(self.sp_model.vocab_size())} | self.special_tokens
+        pieces = {self.sp_model.IdToPiece(i): i for i in range(self.sp_model.vocab_size())}
+        return {**pieces, **self.special_tokens}
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
@@ -83,7 +84,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.vocab_file = vocab_file
         pieces = self.tokenizer.sp_model
         named = {"unk_token": pieces.unk_id(), "bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
-        self.builtin_tokens = {pieces.IdToPiece(i): i for i in named.values()} | self.tokenizer.special_tokens
+        self.builtin_tokens = {**{pieces.IdToPiece(i): i for i in named.values()}, **self.tokenizer.special_tokens}
         for name, i in named.items():
             kwargs[name] = pieces.IdToPiece(i)
         kwargs["pad_token"] = kwargs.get("pad_token") or kwargs["unk_token"]
@@ -106,7 +107,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def get_vocab(self):
         """token -> id, one name for every id below `vocab_size`, and the tokens that a user added."""
-        return self.tokenizer.get_vocab() | self.get_added_vocab()
+        return {**self.tokenizer.get_vocab(), **self.get_added_vocab()}
 
     def get_command(self, token):
         """Id of a command: [MASK], [gMASK], [sMASK], sop, eop, or <bos>, <eos>, <pad>.
@@ -115,7 +116,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             ValueError: `token` is none of these.
         """
         words = self.tokenizer
-        commands = words.special_tokens | {"<bos>": words.bos_id, "<eos>": words.eos_id, "<pad>": words.pad_id}
+        commands = {**words.special_tokens, "<bos>": words.bos_id, "<eos>": words.eos_id, "<pad>": words.pad_id}
         if token not in commands:
             raise ValueError(f"{token!r} is not a command. Give one of {', '.join(commands)}.")
         return commands[token]
