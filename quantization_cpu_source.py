@@ -11,6 +11,7 @@ Only a group of inputs times 32 rows, the tile, differs: 512 bits wide by hand, 
 
 TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": (1, 2, 4)}  # tokens multiplied together: what the registers hold
 WIDEST = max(max(tokens) for tokens in TILES.values())
+AHEAD = 8192  # bytes of weights fetched before they are read: a sixth faster than what the hardware does by itself
 
 
 def tile_source(bits: int, tokens: int) -> str:
@@ -21,13 +22,7 @@ def tile_source(bits: int, tokens: int) -> str:
     begin = [
         f"vpbroadcastd {4 * t}(%[start]), %%zmm{2 * t}; vmovdqa64 %%zmm{2 * t}, %%zmm{2 * t + 1}" for t in range(tokens)
     ]
-    step = [f"vmovdqu64 {64 * half}(%[w]), %%zmm{24 + half}" for half in (0, 1)]
-    if (bits, tokens) == (4, 4):  # the one tile that gains by it: with less work a byte the hardware runs ahead itself
-        step += [
-            f"prefetch{level} {ahead + line}(%[w])"
-            for level, ahead in (("t0", 2048), ("t1", 16384))
-            for line in (0, 64)
-        ]
+    step = [f"prefetcht0 {AHEAD + 64 * half}(%[w]); vmovdqu64 {64 * half}(%[w]), %%zmm{24 + half}" for half in (0, 1)]
     quads = 1 if bits == 8 else 2
     for quad in range(quads):
         weights = 24
@@ -193,7 +188,9 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *w, con
     for (long step = 0; step < steps; step++) {
       const int8_t *quads = x + step * 4 * tokens * (bits == 8 ? 1 : 2);
       for (int p = 0; p < parts; p++) {
-        __m256i v = _mm256_loadu_si256((const __m256i *)(w + 128 * step + 32 * (from + p)));
+        const uint8_t *at = w + 128 * step + 32 * (from + p);
+        if (p % 2 == 0) _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+        __m256i v = _mm256_loadu_si256((const __m256i *)at);
         for (int t = 0; t < tokens; t++) {
           int32_t first, second;
           memcpy(&first, quads + 4 * t, 4);
@@ -343,8 +340,9 @@ void transposed(const uint8_t *w, const float *scale, float *to, long begin, lon
 
 def source(instructions: str) -> str:
     """The whole C file for "avx512" or "avx2": the tiles between the parts that all have in common."""
-    tiles = AVX2
-    if instructions == "avx512":
+    if instructions == "avx2":
+        tiles = f"enum {{ AHEAD = {AHEAD} }};\n" + AVX2
+    else:
         tiles = "enum { OFFSET_4 = 8, OFFSET_8 = 128 };\n"
         tiles += "".join(tile_source(bits, tokens) for bits in (4, 8) for tokens in TILES["avx512"])
     tiles += f"enum {{ WIDEST = {max(TILES[instructions])} }};\n"
