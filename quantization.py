@@ -109,6 +109,7 @@ class Family(NamedTuple):
     from_layout: Optional[Callable] = None  # layout, out_features, in_features, bits -> the weight
 
 
+@functools.lru_cache(None)
 def family(name: str) -> Family:
     """The kernel family `name`; its file is imported when it is first asked for."""
     if name == "triton":

@@ -242,7 +242,8 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
                    start + from * ng + t);
   }
   const long block_bytes = padded * 4 * bits, group_bytes = group * 4 * bits;
-  #pragma omp parallel for num_threads(threads) schedule(static)
+  /* guided: long stretches of memory for a thread, yet all of them end together */
+  #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long block = 0; block < blocks; block++) {
     float ws[groups * 32], sums[WIDEST * 32];
     scales_of(scale, stype, block, out, groups, ws);

@@ -1,6 +1,6 @@
 """llama.cpp on the 6.2B shapes with random weights, as a process that times what it is told to on its standard input.
 
-    python benchmarks/against_llama_cpp.py {q4_0,q8_0} LAYERS THREADS      needs: pip install llama-cpp-python gguf
+    python benchmarks/llama_cpp_timer.py {q4_0,q8_0} LAYERS THREADS      needs: pip install llama-cpp-python gguf
 
 It answers "ready", and then each line "prefill N" or "decode N" (after 32 tokens) with the seconds a token took.
 """
