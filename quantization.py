@@ -155,7 +155,7 @@ def quantized_linear(
 ) -> Tensor:
     """x [..., in] -> [..., out] in x's dtype. `weight` is in the released packing or in its family's own layout."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    name = choose(backend, x.device)
+    name = choose(backend, x.device) if x.dtype != torch.float64 else "torch"
     if laid_out_by(weight) not in (None, name):
         weight = released(weight, weight_scale, rows.shape[1], bits)
     y = family(name).linear(rows, weight, weight_scale, bias, bits)
@@ -182,7 +182,7 @@ def _save_for_backward(ctx, inputs, output):
 def _input_gradient(ctx, grad):
     weight, weight_scale = ctx.saved_tensors
     weight = released(weight, weight_scale, ctx.in_features, ctx.bits)
-    dtype = torch.float32 if grad.device.type == "cpu" else grad.dtype
+    dtype = torch.promote_types(grad.dtype, torch.float32) if grad.device.type == "cpu" else grad.dtype
     x_grad = grad.to(dtype) @ dequantize_weight(weight, weight_scale, ctx.bits, dtype)
     return x_grad.to(grad.dtype), None, None, None, None, None
 
@@ -265,9 +265,11 @@ class QuantizedLinear(Frozen, nn.Linear):
     @torch.inference_mode(False)  # what is made under it could not be trained on later
     def lay_out(self) -> None:
         """Put the weight into the layout that its kernel reads, where it has one of its own."""
-        kernel = family(choose(self.backend, self.weight.device))
-        if kernel.readable(self.out_features, self.in_features, self.bits, self.group_size):
-            self._replace_weight(kernel.to_layout(self.weight, self.bits))
+        weight = self.weight  # one reading: another thread may be here, too
+        kernel = family(choose(self.backend, weight.device))
+        size = self.out_features, self.in_features, self.bits, self.group_size
+        if not laid_out_by(weight) and kernel.readable(*size):
+            self._replace_weight(kernel.to_layout(weight, self.bits))
 
     @torch.inference_mode(False)
     def _release(self) -> None:
@@ -371,28 +373,36 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
                                  f"{group_size}: quantize the float checkpoint instead")  # fmt: skip
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantized(model.get_submodule(name)))
-    config = getattr(model, "config", None)
-    if config is not None:
-        layers = {name: hasattr(layer, "weight_scale") for name, layer in model.named_modules()
-                  if _is_target(name, layer, (), True, True)}  # fmt: skip
-        options = {
-            "group_size": group_size,
-            "skip": [
-                name[name.find("encoder.") :]
-                for name, done in layers.items()
-                if name.rpartition(".")[2] in LAYERS and not done
-            ],
-            "embedding": any(done for name, done in layers.items() if name.endswith("word_embeddings")),
-            "output_layer": any(done for name, done in layers.items() if name.endswith("output_layer")),
-        }
-        config.quantization_bit = bits
-        config.quantization_options = {key: value for key, value in options.items() if value}
-        if not config.quantization_options:  # the released format needs none
-            del config.quantization_options
+    try:
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantized(model.get_submodule(name)))
+    finally:  # stopped by hand it is quantized in part, and its config says which part
+        if getattr(model, "config", None) is not None:
+            _write_config(model, bits, group_size)
     return model
+
+
+def _write_config(model: nn.Module, bits: int, group_size: Optional[int]) -> None:
+    """What of the model is quantized, and how, so that a checkpoint of it loads into the same layers."""
+    layers = {name: hasattr(layer, "weight_scale") for name, layer in model.named_modules()
+              if _is_target(name, layer, (), True, True)}  # fmt: skip
+    if not any(layers.values()):
+        return
+    options = {
+        "group_size": group_size,
+        "skip": [
+            name[name.find("encoder.") :]
+            for name, done in layers.items()
+            if name.rpartition(".")[2] in LAYERS and not done
+        ],
+        "embedding": any(done for name, done in layers.items() if name.endswith("word_embeddings")),
+        "output_layer": any(done for name, done in layers.items() if name.endswith("output_layer")),
+    }
+    model.config.quantization_bit = bits
+    model.config.quantization_options = {key: value for key, value in options.items() if value}
+    if not model.config.quantization_options:  # the released format needs none
+        del model.config.quantization_options
 
 
 def _is_target(name: str, layer: nn.Module, skip, embedding: bool, output_layer: bool) -> bool:

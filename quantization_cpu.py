@@ -5,12 +5,14 @@ llama.cpp does, and multiplied by dot products of four, AVX512-VNNI's or AVX2's;
 float32, and exactly.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import mmap
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -42,7 +44,9 @@ def cache_folder() -> str:
             return folder
     except OSError:
         pass
-    return tempfile.mkdtemp(prefix="chatglm2-")
+    folder = tempfile.mkdtemp(prefix="chatglm2-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
@@ -64,12 +68,12 @@ def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
 
 def compiled(kind: str, flags: Tuple[str, ...]) -> str:
     """The path of the compiled library. Two processes may compile at once: each renames a whole file into place."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if not compiler or not shutil.which(compiler):
-        raise OSError("there is no C compiler: install gcc, or name one in the environment variable CC")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("gcc") or shutil.which("cc") or "gcc"]
+    if not shutil.which(compiler[0]):
+        raise OSError(f"there is no C compiler {compiler[0]}: install gcc, or name one in the environment variable CC")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     text = source(kind)
-    key = hashlib.sha256("\n".join((text, compiler, version, *flags)).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join((text, *compiler, version, *flags)).encode()).hexdigest()[:16]
     path = os.path.join(cache_folder(), f"quantization_cpu-{key}.so")
     if not os.path.exists(path):
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
@@ -78,9 +82,9 @@ def compiled(kind: str, flags: Tuple[str, ...]) -> str:
                 file.write(text)
             # Linked without OpenMP's runtime: its symbols are those that torch has loaded, so that there is only one.
             for command in ([*flags, "-c", code, "-o", object_file], ["-shared", object_file, "-o", library]):
-                done = subprocess.run([compiler, *command], capture_output=True, text=True)
+                done = subprocess.run([*compiler, *command], capture_output=True, text=True)
                 if done.returncode:
-                    raise OSError(f"{compiler} could not compile the kernel: {done.stderr.strip()[-300:]}")
+                    raise OSError(f"{compiler[0]} could not compile the kernel: {done.stderr.strip()[-300:]}")
             os.replace(library, path)
     return path
 
@@ -102,8 +106,7 @@ def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
     library.linear.argtypes = (p, p, p, p, p, p, n, n, n, n, n, i, i, i, i)
     library.linear_float32.argtypes = (p, p, p, p, p, n, n, n, n, i, i, i)
-    library.transposed.argtypes = (p, p, p, n, n, n, n, i, i)
-    for function in (library.linear, library.linear_float32, library.transposed):
+    for function in (library.linear, library.linear_float32):
         function.restype = None
     return library, ""
 
@@ -177,21 +180,15 @@ def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) 
 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
-    """x [N, in] -> [N, out]. A `weight` in the released packing, not in the layout, is laid out for this call only."""
-    if x.dtype not in TYPES or weight_scale.dtype not in TYPES:  # float64
-        return linear(x.float(), weight, weight_scale.float(), bias, bits).to(x.dtype)
+    """x [N, in] -> [N, out]. Only a weight in the layout gets here fast: torch multiplies by the released packing."""
+    if weight.dim() == 2:  # laying it out for one call takes longer
+        return stock_linear(x, weight, weight_scale, bias, bits)
     (n, k), out = x.shape, weight_scale.shape[0]
     groups, group_size = (1, None) if weight_scale.dim() == 1 else (weight_scale.shape[1], k // weight_scale.shape[1])
-    if weight.dim() == 2:
-        if n == 0 or not readable(out, k, bits, group_size):
-            return stock_linear(x, weight, weight_scale, bias, bits)
-        weight = to_layout(weight, bits)
-    if x.dtype == torch.float32 and n > 4:
-        return _float32_by_blocks(x, weight, weight_scale, bias, bits)
     weight_scale, y = weight_scale.contiguous(), x.new_empty(n, out)
     bias = None if bias is None else bias.to(weight_scale.dtype).contiguous()
     if x.dtype == torch.float32:
-        x = F.pad(x, (0, -k % GROUP)).contiguous()
+        x = F.pad(x, (0, -k % GROUP, 0, -n % 8 if n > 2 else 0)).contiguous()
         _call("linear_float32", x, y, weight, weight_scale, bias, n, k, out, groups, bits, TYPES[weight_scale.dtype])
         return y
     group, width = min(group_size or GROUP, GROUP), _padded(k, GROUP)
@@ -205,17 +202,3 @@ def _call(name, *arguments):
     """A function of the C source, with the tensors' addresses and, last, the number of threads."""
     arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     getattr(load_library()[0], name)(*arguments, torch.get_num_threads())
-
-
-def _float32_by_blocks(x, weight, weight_scale, bias, bits):
-    """Many tokens in float32: the weight is restored 512 rows at a time and multiplied by torch."""
-    (n, k), out = x.shape, weight_scale.shape[0]
-    y, restored = x.new_empty(n, out), x.new_empty(k * 512)
-    for begin in range(0, weight.shape[0], 512 // ROWS):
-        blocks = min(512 // ROWS, weight.shape[0] - begin)
-        rows = slice(begin * ROWS, min((begin + blocks) * ROWS, out))
-        scale = weight_scale[rows].float().view(rows.stop - rows.start, -1)
-        scale = F.pad(scale.t(), (0, blocks * ROWS - len(scale))).contiguous()
-        _call("transposed", weight, scale, restored, begin, blocks, k, len(scale), bits)
-        y[:, rows] = x @ restored[: k * blocks * ROWS].view(k, -1)[:, : rows.stop - rows.start]
-    return y if bias is None else y.add_(bias)

@@ -66,9 +66,9 @@ HEAD = r"""
 #include <string.h>
 
 #ifdef __AVX512VNNI__
-enum { LANES = 16 };
+enum { LANES = 16, WIDEST_EXACT = 8 };
 #else
-enum { LANES = 8 };
+enum { LANES = 8, WIDEST_EXACT = 4 };
 #endif
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -276,23 +276,28 @@ static inline floats weight(words v, int bits, int input) {
   return __builtin_convertvector((ints)(v >> shift & (bits == 4 ? 15 : 255)) - (bits == 4 ? 8 : 128), floats);
 }
 
+/* 32 rows for `n` tokens, a constant wherever this is inlined. */
 static inline __attribute__((always_inline)) void exact(const float *x, const uint8_t *w, const float *ws, long padded,
                                                         long groups, long per_group, int bits, int n, float *sums) {
   const long inputs = bits == 4 ? 8 : 4;
   for (int row = 0; row < 32; row += 2 * LANES) {  // two registers a token
     const uint8_t *at = w + 4 * row;
-    floats total[4][2] = {0};
+    floats total[WIDEST_EXACT][2] = {0};
     for (long g = 0; g < groups; g++) {
-      floats sum[4][2] = {0};
+      floats sum[WIDEST_EXACT][2] = {0};
       long to = groups == 1 ? padded : (g + 1) * per_group;
-      for (long k = g * per_group; k < to; k += inputs, at += 128)
-        for (int p = 0; p < 2; p++) {
-          words v = *(const words *)(at + 4 * LANES * p);
-          for (int i = 0; i < inputs; i++) {
-            floats f = weight(v, bits, i);
-            for (int t = 0; t < n; t++) sum[t][p] += f * x[t * padded + k + i];
+      for (long k = g * per_group; k < to; k += inputs, at += 128) {
+        const words first = *(const words *)at, second = *(const words *)(at + 4 * LANES);
+        #pragma GCC unroll 8
+        for (int i = 0; i < inputs; i++) {
+          const floats f = weight(first, bits, i), s = weight(second, bits, i);
+          #pragma GCC unroll 8
+          for (int t = 0; t < n; t++) {
+            sum[t][0] += f * x[t * padded + k + i];
+            sum[t][1] += s * x[t * padded + k + i];
           }
         }
+      }
       for (int t = 0; t < n; t++)
         for (int p = 0; p < 2; p++) total[t][p] += sum[t][p] * *(const floats *)(ws + 32 * g + row + LANES * p);
     }
@@ -301,40 +306,30 @@ static inline __attribute__((always_inline)) void exact(const float *x, const ui
   }
 }
 
-/* The float32 form, for up to 4 tokens; x is padded to whole groups of 128. */
+/* The float32 form; x is padded to whole groups of 128, and from 3 tokens on to a multiple of 8. */
 void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, long n, long k,
                     long out, long groups, int bits, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, blocks = (out + 31) / 32, per_group = k / groups;
-  #pragma omp parallel for num_threads(threads) schedule(static)
+  #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long block = 0; block < blocks; block++) {
-    float ws[groups * 32], sums[4 * 32];
+    float ws[groups * 32], sums[WIDEST_EXACT * 32];
     const uint8_t *at = w + block * padded * 4 * bits;
     scales_of(scale, stype, block, out, groups, ws);
-    #define CASE(N) case N: if (bits == 4) exact(x, at, ws, padded, groups, per_group, 4, N, sums); \
-                            else exact(x, at, ws, padded, groups, per_group, 8, N, sums); break;
-    switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) }
-    for (long t = 0; t < n; t++)
-      for (long r = 0; r < 32; r += 8) {
-        long row = block * 32 + r;
-        __m256 v = _mm256_loadu_ps(sums + 32 * t + r);
-        if (bias) v = _mm256_add_ps(v, load(bias, stype, row, out - row));
-        store(y, FLOAT32, t * out + row, out - row, v);
-      }
-  }
-}
-
-/* The float weight of 32 * blocks rows, transposed: to[k][32 * blocks]; so are their scales: [groups][32 * blocks]. */
-void transposed(const uint8_t *w, const float *scale, float *to, long begin, long blocks, long k, long groups, int bits,
-                int threads) {
-  const long padded = (k + 127) / 128 * 128, inputs = bits == 4 ? 8 : 4, rows = 32 * blocks;
-  #pragma omp parallel for num_threads(threads) schedule(static)
-  for (long from = 0; from < k; from += inputs)
-    for (long r = 0; r < rows; r += LANES) {
-      const floats s = *(const floats *)(scale + from * groups / k * rows + r);
-      const words v = *(const words *)(w + (begin + r / 32) * padded * 4 * bits + from / inputs * 128 + 4 * (r % 32));
-      for (long i = 0; i < min(inputs, k - from); i++)
-        *(floats *)(to + (from + i) * rows + r) = weight(v, bits, i) * s;
+    for (long from = 0; from < n; from += WIDEST_EXACT) {
+      const float *tokens = x + from * padded;
+      const long left = min(n - from, WIDEST_EXACT);
+      #define EXACT(N) { if (bits == 4) exact(tokens, at, ws, padded, groups, per_group, 4, N, sums); \
+                         else exact(tokens, at, ws, padded, groups, per_group, 8, N, sums); }
+      if (left > 4) EXACT(WIDEST_EXACT) else if (left > 2) EXACT(4) else if (left > 1) EXACT(2) else EXACT(1)
+      for (long t = 0; t < left; t++)
+        for (long r = 0; r < 32; r += 8) {
+          long row = block * 32 + r;
+          __m256 v = _mm256_loadu_ps(sums + 32 * t + r);
+          if (bias) v = _mm256_add_ps(v, load(bias, stype, row, out - row));
+          store(y, FLOAT32, (from + t) * out + row, out - row, v);
+        }
     }
+  }
 }
 """
 

@@ -111,7 +111,8 @@ def errors(bits, backend, group_size, dtype, device):
             x = x.to(dtype)
             want = quantization.reference_linear(x.float(), weight, scale, None, bits)
             kernel = quantization.family(quantization.choose(backend, x.device))
-            got = kernel.linear(x, weight, scale, None, bits)
+            held = kernel.to_layout(weight, bits) if kernel.readable(512, 4096, bits, group_size) else weight
+            got = kernel.linear(x, held, scale, None, bits)
             result[f"{name}, {tokens} tokens"] = round(((got.float() - want).norm() / want.norm()).item(), 5)
     return result
 

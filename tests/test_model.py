@@ -74,6 +74,22 @@ def test_chunked_prefill_equals_whole(make_model):
     assert torch.equal(chunked, whole)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_long_prompt_in_chunks(make_model, padded):
+    """The last scores of a prompt of 8,192 tokens, whole and 1,024 at a time, left padded too."""
+    model, cache, length = make_model(num_layers=1), DynamicCache(), 8192
+    ids, mask = some_ids(length=length)[:1], torch.ones(1, length, dtype=torch.long)
+    mask[:, : 100 * padded] = 0
+    for begin in range(0, length, 1024):
+        part = {"input_ids": ids[:, begin : begin + 1024], "attention_mask": mask[:, : begin + 1024]}
+        position_ids = (part["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, begin:]
+        chunked = model(**part, position_ids=position_ids, past_key_values=cache, logits_to_keep=1).logits
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False, logits_to_keep=1)
+    torch.testing.assert_close(chunked, whole.logits, **CLOSE)
+
+
 @pytest.mark.needs_transformers("4.42", "static caches that any model can use")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_static_cache_equals_dynamic(make_model, padded_batch, attention):
@@ -292,6 +308,21 @@ def test_positions_stay_distinct_to_128k(make_config, kind):
     step = 0.25 if kind == "linear" else 1.0
     turn = (angle[1::2] - angle[0::2]) % (2 * torch.pi)
     torch.testing.assert_close(turn, torch.full_like(turn, step), atol=0.01, rtol=0)
+    cos, sin = rotary_cos_sin(config, torch.arange(0, 131073, 1024)[None])
+    slowest = torch.atan2(sin, cos)[0, :, 0, -1].double()
+    turn = slowest.diff() % (2 * torch.pi)
+    assert 0 < turn.min() < turn.max() < turn.min() + 0.01 < 3  # no turn is missed: monotone
+
+
+@torch.no_grad()
+def test_the_carried_model_at_128k(tiny_model, tokenizer):
+    """With rope_ratio 4 its scores far out are finite, and those of the same text at the beginning."""
+    model = copy.deepcopy(tiny_model)
+    model.config.rope_ratio = 4
+    ids = tokenizer(tokenizer.build_prompt("你好"), return_tensors="pt")["input_ids"]
+    near = torch.arange(ids.shape[1])[None]
+    far = logits(model, ids, position_ids=near + 131072 - ids.shape[1], use_cache=False)
+    torch.testing.assert_close(far, logits(model, ids, position_ids=near, use_cache=False), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

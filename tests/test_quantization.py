@@ -6,8 +6,11 @@ import io
 import json
 import os
 import pickle
+import shlex
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,21 +58,29 @@ def library(kind):
 
 
 def linear_of(kernel):
-    """The function of a kernel family, the C kernels' for this CPU or for another kind."""
+    """The function of a kernel family on weights in its layout, the C kernels' for this CPU or for another kind."""
     name, _, kind = kernel.partition(": ")
+    family = quantization.family(name)
+
+    def linear(x, weight, weight_scale, bias, bits):
+        group_size = None if weight_scale.dim() == 1 else x.shape[1] // weight_scale.shape[1]
+        if family.readable(len(weight), x.shape[1], bits, group_size):
+            weight = family.to_layout(weight, bits)
+        return family.linear(x, weight, weight_scale, bias, bits)
+
     if not kind:
-        return quantization.family(name).linear
+        return linear
     if kind == "avxvnni" and quantization_cpu.instructions()[0][0] != "avx512":
         pytest.skip("this CPU has no VNNI instruction of 256 bits")
 
     loaded = library(kind)
 
-    def linear(*arguments):
+    def linear_of_that_kind(*arguments):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(quantization_cpu, "load_library", lambda: loaded)
-            return quantization_cpu.linear(*arguments)
+            return linear(*arguments)
 
-    return linear
+    return linear_of_that_kind
 
 
 def make(n, k, out, bits, dtype, group_size=None, bias=True, seed=0):
@@ -313,22 +324,24 @@ def test_the_layout_is_the_released_packing_in_another_order(out, k, bits, seed)
 @needs_compiled
 def test_a_token_computes_the_same_alone_and_among_others():
     x, *rest = make(29, 512, 96, 4, torch.bfloat16)
-    together = quantization_cpu.linear(x, *rest)
+    linear = linear_of("cpu")
+    together = linear(x, *rest)
     for i in (0, 11, 12, 24, 28):
-        assert torch.equal(quantization_cpu.linear(x[i : i + 1], *rest)[0], together[i])
+        assert torch.equal(linear(x[i : i + 1], *rest)[0], together[i])
 
 
 @needs_compiled
 def test_threads_do_not_change_the_result():
-    arguments = make(3, 384, 200, 4, torch.float16)
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(quantization_cpu.linear(*arguments))
-    finally:
-        torch.set_num_threads(2)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    before = torch.get_num_threads()
+    for dtype in DTYPES:
+        arguments, results = make(3, 384, 200, 4, dtype), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(linear_of("cpu")(*arguments))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 # ---- compiling the kernel ----
@@ -386,6 +399,13 @@ def test_without_a_compiler_one_warning_and_the_same_values(tmp_path):
     torch.manual_seed(0)
     layer = QuantizedLinear.from_linear(nn.Linear(64, 40), 4, backend="torch")
     assert float(total) == pytest.approx(layer(torch.ones(2, 64)).sum().item(), abs=1e-3)
+
+
+@needs_compiled
+def test_the_compiler_may_have_options(tmp_path):
+    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("gcc") or shutil.which("cc")]
+    name, messages, *_ = finish(start(tmp_path, CC=shlex.join([*compiler, "-m64"])))
+    assert (name, messages) == ("cpu", "[]")
 
 
 @needs_compiled
@@ -510,12 +530,25 @@ def test_copies_compute_the_same(how):
     assert other.group_size == 32 and other.weight is not layer.weight
 
 
+@pytest.mark.parametrize("backend", ["auto", "stock"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_threads_that_use_a_new_layer_at_once_lay_it_out_once(backend, bits):
+    """Whichever comes second finds the layout, and leaves it as it is."""
+    layer = QuantizedLinear.from_linear(nn.Linear(256, 192).half(), bits, backend=backend)
+    weight, x = layer.weight.clone(), torch.randn(2, 256).half()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: layer(x), range(8)))
+    layer.lay_out()
+    assert all(torch.equal(y, layer(x)) for y in results)
+    assert torch.equal(layer.state_dict()["weight"], weight)
+
+
 def test_casting_moves_the_scale_and_never_the_weight():
     layer = QuantizedLinear.from_linear(nn.Linear(64, 40).half(), 8)
     weight = layer.state_dict()["weight"].clone()
     scale = layer.weight_scale.clone()
     layer(torch.randn(2, 64).half())
-    for cast in (lambda m: m.float(), lambda m: m.half(), lambda m: m.to("meta", copy=True) if False else m.cpu()):
+    for cast in (lambda m: m.float(), lambda m: m.half(), lambda m: m.cpu()):
         layer = cast(layer)
         assert layer.weight.dtype == torch.int8 and torch.equal(layer.state_dict()["weight"], weight)
     assert torch.equal(layer.weight_scale, scale)  # float16 -> float32 -> float16 loses nothing
@@ -616,6 +649,26 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(make_model, monkeypa
     assert not model.config.quantization_bit and not hasattr(model.config, "quantization_options")
 
 
+def test_stopped_by_hand_the_config_says_what_is_quantized(make_model, monkeypatch, tmp_path):
+    """Ctrl-C between two layers: what there is still saves, and loads into the same layers."""
+    calls, make_one = iter(range(100)), QuantizedLinear.from_linear.__func__
+
+    def from_linear(cls, *args, **kwargs):
+        if next(calls) == 12 + 6:  # 12 rehearsals, then the seventh layer
+            raise KeyboardInterrupt
+        return make_one(cls, *args, **kwargs)
+
+    model = make_model()
+    monkeypatch.setattr(QuantizedLinear, "from_linear", classmethod(from_linear))
+    with pytest.raises(KeyboardInterrupt):
+        model.quantize(4)
+    assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 6
+    assert model.config.quantization_bit == 4 and len(model.config.quantization_options["skip"]) == 6
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
 def test_a_backend_that_cannot_run_changes_nothing(make_model):
     model = make_model()
     with pytest.raises(ValueError, match="backend='triton' cannot run on cpu"):
@@ -632,7 +685,7 @@ def test_the_peak_is_the_model_and_one_layer(make_model):
     model = make_model()
     alive = [weakref.ref(layer.weight) for layer in linears(model).values()]
     left = []
-    swap = nn.ModuleDict.__setattr__ if False else nn.Module.__setattr__
+    swap = nn.Module.__setattr__
 
     def counting(self, name, value):
         if isinstance(value, QuantizedLinear):
