@@ -2,7 +2,7 @@
 
 Weights are random. llama.cpp (Q4_0, Q8_0, the same number of threads) runs in a process of its own where --llama names
 a Python that has llama-cpp-python and gguf. The original's way dequantizes a weight, then multiplies by it: the linear
-layers of one block are timed once, after the others, and taken as often as there are blocks.
+layers of one block are timed and taken as often as there are blocks, after the others, which it would slow down.
 """
 
 import statistics
@@ -126,7 +126,9 @@ def time_model(args, bits, backend):
     layers = [layer for layer in model.modules() if isinstance(layer, quantization.QuantizedLinear)]
     for layer in layers:
         layer.backend = backend
-    result = {"bits": bits, "backend": backend, "model_gb": round(sum(p.nbytes for p in model.parameters()) / 1e9, 2)}
+    kernel = quantization.choose(backend, model.device) if quantized else "F.linear"
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    result = {"bits": bits, "backend": backend, "kernel": kernel, "model_gb": round(size / 1e9, 2)}
     result["tokens_per_second"] = {}
     llama = Llama(args.llama, bits, args.layers) if args.llama and quantized else None
     for task, tokens in TASKS.items():
@@ -134,8 +136,8 @@ def time_model(args, bits, backend):
         if llama:
             timers["llama.cpp"] = partial(llama.time, task)
         times = take_turns(timers, args.rounds if tokens < 512 else min(args.rounds, 2))  # these take half a minute
-        if quantized and backend == "auto":  # far slower, and what it leaves in caches and memory slows the others down
-            times["dequantize"] = [time_original(layers[:4], args.layers, task)]
+        if quantized and backend == "auto":
+            times["dequantize"] = [time_original(layers[:4], args.layers, task) for _ in range(4)][1:]
         middle = {name: statistics.median(record) for name, record in times.items()}
         row = {name: round(tokens / middle[name], 3) for name in times}
         row["ratios"] = {"llama.cpp": ratio(times, other="llama.cpp")} if llama else {}

@@ -28,6 +28,7 @@ CHINESE = {
     "the C kernel, AVX2 alone": "C 内核，仅 AVX2",
     "torch's own operators": "torch 自带算子",
     ORIGINAL: "先反量化再相乘",
+    "in groups of": "每组",
     "with int8 embedding and output layer": "词嵌入与输出层为 int8",
     "tokens/s; x: as fast as llama.cpp": "tokens/s；x：是 llama.cpp 的几倍",
     "threads": "线程",
@@ -129,16 +130,19 @@ def weights(run, dtype=None):
     return f"int{run['bits']}" if run["bits"] < 16 else dtype or run["dtype"]
 
 
+KERNELS = {"cpu": "the C kernel", "stock": "torch's own operators", "triton": "Triton", "cpm": "CUDA C"}
+
+
 def computed_by(record, run):
     """What multiplied by the quantized weights."""
-    if run["backend"] == "stock":
-        return "torch's own operators"
-    return "the C kernel, AVX2 alone" if record["settings"].get("instructions") else "the C kernel"
+    name = KERNELS.get(run["kernel"], run["kernel"])
+    return name + ", AVX2 alone" if record["settings"].get("instructions") else name
 
 
 def quantized_runs():
-    """The newest runs of the quantized benchmark."""
-    return newest("quantized", "small_head", "bits", "dtype", "backends", "instructions")[::-1]
+    """The newest whole runs of the quantized benchmark."""
+    records = newest("quantized", "group_size", "small_head", "bits", "dtype", "backends", "instructions", "device")
+    return [record for record in records[::-1] if record["settings"]["layers"] == 28]
 
 
 def quantized(say):
@@ -149,6 +153,8 @@ def quantized(say):
             name = weights(run, record["settings"]["dtype"])
             if record["settings"]["small_head"]:
                 name += ", " + say("with int8 embedding and output layer")
+            if record["settings"].get("group_size"):
+                name += f", {say('in groups of')} {record['settings']['group_size']}"
             by = computed_by(record, run)
             cells, original = [], []
             for task in tasks:
@@ -156,7 +162,7 @@ def quantized(say):
                 times = speed["ratios"].get("llama.cpp")
                 cells.append(f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else ""))
                 original += [f"{speed['dequantize']:.2g}"] if "dequantize" in speed else []
-            rows.append([name, say(by) if run["bits"] < 16 else "F.linear", *cells])
+            rows.append([name, say(by), *cells])
             if original:
                 rows.append([name, say(ORIGINAL), *original])
     made = table(["weights", "computed by", *tasks], rows, records, "quantized", say)
@@ -164,16 +170,15 @@ def quantized(say):
 
 
 def errors(say):
-    records = newest("quantized", "bits", "backends", "instructions")
-    records = [record for record in records if "instructions" not in record["settings"]]
+    special = {"instructions", "small_head", "group_size"}
+    records = [r for r in quantized_runs() if "error" in r["runs"][0] and not any(map(r["settings"].get, special))]
     seen = {}
     for record in records:
         for run in record["runs"]:
-            if "error" in run:
-                seen[run["bits"], run["backend"]] = [*run["error"].values(), f"{run['share_of_memory_bandwidth']:.0%}"]
-                header = ["weights", "backend", *run["error"], "of the memory bandwidth"]
+            seen[run["bits"], run["backend"]] = [*run["error"].values(), f"{run['share_of_memory_bandwidth']:.0%}"]
+            header = ["weights", "backend", *run["error"], "of the memory bandwidth"]
     rows = [[f"int{bits}", backend, *cells] for (bits, backend), cells in sorted(seen.items())]
-    return table(header, rows, records[:1], "quantized", say) if rows else ""
+    return table(header, rows, records, "quantized", say) if rows else ""
 
 
 def loading(say):
@@ -246,20 +251,21 @@ def pictures():
 
 def quantized_picture(plt):
     """results/quantized.svg: tokens a second of the 6.2B shapes, by what computed them."""
-    bars = {}  # (bits, name) -> {task: tokens a second}
+    bars = {}  # (bits, weights, name) -> {task: tokens a second}
     for record in quantized_runs():
         for run in record["runs"]:
-            if record["settings"]["small_head"] or run["bits"] == 16:
+            if record["settings"]["small_head"] or record["settings"].get("group_size"):
                 continue
             names = {"ours": computed_by(record, run), "llama.cpp": "llama.cpp", "dequantize": ORIGINAL}
             for task, speed in run["tokens_per_second"].items():
                 for key in names.keys() & speed.keys():
-                    bars.setdefault((run["bits"], names[key]), {}).setdefault(task, speed[key])
+                    place = run["bits"], weights(run, record["settings"]["dtype"]), names[key]
+                    bars.setdefault(place, {}).setdefault(task, speed[key])
     if not bars:
         return
     keys = sorted(bars, key=lambda key: (-key[0], bars[key]["prefill 512"]))
-    labels = [f"int{bits}: {name}" for bits, name in keys]
-    colors = ["C7" if name in ("llama.cpp", ORIGINAL) else "C0" for _, name in keys]
+    labels = [f"{held}: {name}" for _, held, name in keys]
+    colors = ["C7" if name in ("llama.cpp", ORIGINAL, "F.linear") else "C0" for *_, name in keys]
     figure, panes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
     for axes, task in zip(panes, ("decode", "prefill 512")):
         shown = axes.barh(labels, [bars[key][task] for key in keys], color=colors)
