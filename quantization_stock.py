@@ -38,7 +38,7 @@ def multiplies_exactly(bits: int) -> bool:
     if not (X86 and torch.backends.mkldnn.is_available()):
         return False
     x = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
-    weight = torch.full((16, 64), -128 >> 8 - bits, dtype=torch.int8, device="cpu").t()  # as `linear` passes it
+    weight = torch.full((16, 64), -(1 << bits - 1), dtype=torch.int8, device="cpu").t()
     try:
         products = torch._int_mm(x[:1], weight), torch._int_mm(x, weight)
     except (AttributeError, RuntimeError):
@@ -229,15 +229,14 @@ def _by_two_terms(x: Tensor):
     """x = (first + second / 254) * scale, to a 64,516th of a token's peak; torch is fast with one token at a time."""
     first, scale = _round_tokens(x)
     second = ((x / torch.where(scale == 0, 1, scale) - first) * 254).round_().to(torch.int8)
-    rows = range(len(x))
-    return lambda q: torch.cat([torch._int_mm(first[i : i + 1], q) + torch._int_mm(second[i : i + 1], q) / 254
-                                for i in rows]) * scale  # fmt: skip
+    pairs = list(zip(first.split(1), second.split(1)))
+    return lambda q: torch.cat([torch._int_mm(a, q) + torch._int_mm(b, q) / 254 for a, b in pairs]) * scale
 
 
 def _by_one_term(x: Tensor):
     """Each token as one int8 term, but for the channels whose peak is above 8 times the middle one: in float32."""
     peaks = x.abs().amax(dim=0)
-    outliers = (peaks > 8 * peaks.median()).nonzero().flatten()
+    outliers = (peaks > 8 * peaks.nanmedian()).nonzero().flatten()
     x8, scale = _round_tokens(x.index_fill(1, outliers, 0))
     x = x[:, outliers]
     return lambda q: (torch._int_mm(x8, q) * scale).addmm_(x, q[outliers].float())

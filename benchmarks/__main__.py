@@ -7,6 +7,7 @@
     python benchmarks overhead      what of a 6.2B decode step is neither matrix product nor attention
     python benchmarks quantized     int4, int8 and half precision at the 6.2B shapes, beside llama.cpp
     python benchmarks loading       peak memory of quantizing a 12.5 GB checkpoint while it loads
+    python benchmarks footprint     memory that int4 or int8 takes at the 6.2B shapes, with a prompt and an answer
     python benchmarks quality       what int8, int4 and int4 in groups do to the toy's answers
     python benchmarks tables        write the READMEs' tables and the pictures from results/
 
@@ -19,7 +20,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("decode", "prefill", "throughput", "memory", "overhead", "quantized", "loading", "quality", "tables")
+NAMES = tuple(line.split()[2] for line in __doc__.splitlines() if line.startswith("    python"))
 
 
 def main():

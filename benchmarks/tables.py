@@ -15,8 +15,11 @@ CHINESE = {
     "context": "上下文",
     "GlmForCausalLM / ours": "GlmForCausalLM / 本项目",
     "limit, ms": "极限，毫秒",
+    "explained by bytes": "可由读取字节解释",
     "ours, ms": "本项目，毫秒",
     "peak while loading, GB": "加载时峰值，GB",
+    "with a prompt of 2,048": "处理 2,048 个 token 的提示",
+    "with an answer at 8,192": "在 8,192 处解码",
     "and with a forward pass, GB": "再做一次前向，GB",
     "the model, GB": "模型大小，GB",
     "weights": "权重",
@@ -79,14 +82,19 @@ def rows_by_kind(records, *columns):
 
 
 def decode(say):
-    records = newest("decode", "shape", "compiled", "dtype")
+    """Times, and how much of each is the first one and what reading the longer context's bytes adds to it."""
+    records = newest("decode", "shape", "compiled", "dtype", "device")
     rows = rows_by_kind(records, "context", "ours_ms", "glm_ms", "ratio", "limit_ms")
-    header = ["", "context", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "limit, ms"]
+    first = [record["rows"][0] for record in records for _ in record["rows"]]
+    for row, begin in zip(rows, first):
+        predicted = begin["ours_ms"] + row[-1] - begin["limit_ms"]
+        row.append(f"{predicted / row[2]:.0%}")
+    header = ["", "context", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "limit, ms", "explained by bytes"]
     return table(header, rows, records, "decode", say)
 
 
 def prefill(say):
-    records = newest("prefill", "shape", "dtype")
+    records = newest("prefill", "shape", "dtype", "device")
     rows = rows_by_kind(records, "length", "ours_ms", "glm_ms", "ratio", "share")
     rows = [[*row, f"{share:.0%}"] for *row, share in rows]
     header = ["", "prompt", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "of the matmul rate"]
@@ -94,21 +102,21 @@ def prefill(say):
 
 
 def throughput(say):
-    records = newest("throughput", "shape", "dtype")
+    records = newest("throughput", "shape", "dtype", "device")
     rows = rows_by_kind(records, "batch", "ours", "glm", "ratio")
     header = ["", "batch", "ours, tokens/s", "GlmForCausalLM", "times as fast"]
     return table(header, rows, records, "throughput", say)
 
 
 def memory(say):
-    records = newest("memory", "shape", "dtype")
+    records = newest("memory", "shape", "dtype", "device")
     rows = rows_by_kind(records, "length", "ours_mb", "chunked_mb", "glm_mb", "cache_mb")
     header = ["", "prompt", "ours, MB", "ours in chunks, MB", "GlmForCausalLM, MB", "of it the cache, MB"]
     return table(header, rows, records, "memory", say)
 
 
 def training(say):
-    records = [record for record in newest("memory", "shape", "dtype") if record["training"]][:1]
+    records = [record for record in newest("memory", "shape", "dtype", "device") if record["training"]][:1]
     columns = ["ours_mb", "ours_checkpointing_mb", "glm_mb", "glm_checkpointing_mb"]
     rows = [[r["settings"]["training_length"], *(r["training"][key] for key in columns)] for r in records]
     header = ["tokens", "ours, MB", "with checkpointing", "GlmForCausalLM, MB", "with checkpointing"]
@@ -116,7 +124,7 @@ def training(say):
 
 
 def overhead(say):
-    records = newest("overhead", "bits")
+    records = newest("overhead", "bits", "device")
     rows = [
         [weights(r["settings"]), r["settings"]["layers"], r["step_ms"], r["bare_ms"], f"{r['overhead']:.1%}"]
         for r in records
@@ -130,6 +138,11 @@ def weights(run, dtype=None):
     return f"int{run['bits']}" if run["bits"] < 16 else dtype or run["dtype"]
 
 
+def with_head(name, settings, say):
+    """`name`, and whether the embedding and the output layer are in int8 too."""
+    return f"{name}, {say('with int8 embedding and output layer')}" if settings["small_head"] else name
+
+
 KERNELS = {"cpu": "the C kernel", "stock": "torch's own operators", "triton": "Triton", "cpm": "CUDA C"}
 
 
@@ -140,9 +153,11 @@ def computed_by(record, run):
 
 
 def quantized_runs():
-    """The newest whole runs of the quantized benchmark."""
-    records = newest("quantized", "group_size", "small_head", "bits", "dtype", "backends", "instructions", "device")
-    return [record for record in records[::-1] if record["settings"]["layers"] == 28]
+    """The newest whole runs of the quantized benchmark, the plain ones first."""
+    special = ("small_head", "group_size", "instructions")
+    records = newest("quantized", *special, "bits", "dtype", "backends", "device")
+    records = [record for record in records if record["settings"]["layers"] == 28]
+    return sorted(records, key=lambda r: ([bool(r["settings"].get(key)) for key in special], r["settings"]["bits"]))
 
 
 def quantized(say):
@@ -150,9 +165,7 @@ def quantized(say):
     tasks, rows = ["decode", "prefill 32", "prefill 512"], []
     for record in records:
         for run in record["runs"]:
-            name = weights(run, record["settings"]["dtype"])
-            if record["settings"]["small_head"]:
-                name += ", " + say("with int8 embedding and output layer")
+            name = with_head(weights(run, record["settings"]["dtype"]), record["settings"], say)
             if record["settings"].get("group_size"):
                 name += f", {say('in groups of')} {record['settings']['group_size']}"
             by = computed_by(record, run)
@@ -189,6 +202,16 @@ def loading(say):
     return table(header, rows, records, "loading", say)
 
 
+def footprint(say):
+    records = newest("footprint", "bits", "small_head", "device")
+    rows = []
+    for record in records:
+        name = with_head(weights(record["settings"]), record["settings"], say)
+        rows.append([name, record["model_gb"], record["prompt_gb"], record["answer_gb"]])
+    header = ["weights", "the model, GB", "with a prompt of 2,048", "with an answer at 8,192"]
+    return table(header, rows, records, "footprint", say)
+
+
 def quality(say):
     records = newest("quality")
     rows = rows_of(records, "weights", "cross_entropy", "divergence", "answers")
@@ -200,7 +223,20 @@ def matrix(say):
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
-MAKERS = (decode, prefill, throughput, memory, training, overhead, quantized, errors, loading, quality, matrix)
+MAKERS = (
+    decode,
+    prefill,
+    throughput,
+    memory,
+    training,
+    overhead,
+    quantized,
+    errors,
+    loading,
+    footprint,
+    quality,
+    matrix,
+)
 PICTURES = {  # benchmark -> the rows' x and its name, {line: name}, the name of y
     "decode": ("context", "context, tokens", {"ours_ms": "ours", "glm_ms": "GlmForCausalLM"}, "tokens a second"),
     "prefill": ("length", "prompt, tokens", {"ours_ms": "ours", "glm_ms": "GlmForCausalLM"}, "ms to the first token"),
@@ -225,7 +261,9 @@ def pictures():
     import matplotlib.pyplot as plt
 
     for benchmark, (x, x_name, lines, y_name) in PICTURES.items():
-        records = [r for r in newest(benchmark, "shape", "compiled", "dtype") if not r["settings"].get("compiled")]
+        records = [
+            r for r in newest(benchmark, "shape", "compiled", "dtype", "device") if not r["settings"].get("compiled")
+        ]
         records = [r for r in records if r["settings"]["shape"] == "small"]
         if not records:
             continue
@@ -280,7 +318,9 @@ def arguments(parser):
     """There are none."""
 
 
-def run(args):
+def pages():
+    """{a page: its text with the newest tables}."""
+    texts = {}
     for name in ("README.md", "README_zh.md", "benchmarks/README.md"):
         path, words = ROOT / name, CHINESE if name.endswith("_zh.md") else {}
         text = path.read_text(encoding="utf-8")
@@ -290,5 +330,11 @@ def run(args):
             made = make(lambda word: words.get(word, word))  # noqa: B023
             body = f"{begin}\n{made}\n{end}" if made else f"{begin}\n{end}"
             text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: body, text, flags=re.DOTALL)  # noqa: B023
+        texts[path] = text
+    return texts
+
+
+def run(args):
+    for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
     pictures()

@@ -247,6 +247,25 @@ def test_kernels_take_groups(kernel, bits, group_size):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@given(
+    n=st.integers(0, 40),
+    columns=st.integers(9, 90),
+    out=st.integers(1, 130),
+    bits=st.sampled_from([8, 4]),
+    dtype=st.sampled_from(DTYPES),
+    group_size=st.sampled_from([None, None, 32, 64]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_kernels_agree_on_any_shape(kernel, n, columns, out, bits, dtype, group_size, seed):
+    k = columns * 2 if group_size is None else group_size * (columns // 9)
+    arguments = make(n, k, out, bits, dtype, group_size, seed=seed)
+    y = linear_of(kernel)(*arguments)
+    assert y.shape == (n, out) and y.dtype == dtype
+    assert n == 0 or relative_error(y, *arguments) < 1.5 * ERROR[dtype]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_channels_that_stand_out_cost_little(kernel, dtype):
     """8 channels of 30 times the size, as these models have."""
@@ -276,12 +295,12 @@ def test_huge_tiny_and_zero_inputs(kernel, dtype, n):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_inf_are_not_hidden(kernel, dtype):
-    for n in (1, 6):
+    for n in (1, 6, 20):
         for bad in (float("nan"), float("inf")):
             x, *rest = make(n, 256, 33, 8, dtype)
             x[0, 200] = bad
             y = linear_of(kernel)(x, *rest)
-            assert not y[0, 1:].isfinite().any() and (kernel == "stock" or y[1:].isfinite().all())
+            assert not y[0, 1:].isfinite().any() and y[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -484,11 +503,7 @@ def test_the_state_dict_is_the_released_format_whatever_was_run_before(bits, gro
     for _ in range(2):
         y = layer(x)
         state = layer.state_dict()
-        assert list(state) == ["weight", "weight_scale"] + ["bias"] * bias or set(state) == {
-            "weight",
-            "weight_scale",
-            "bias",
-        }
+        assert sorted(state) == ["bias"] * bias + ["weight", "weight_scale"]
         assert torch.equal(state["weight"], weight) and torch.equal(state["weight_scale"], scale)
     for assign in (False, True):
         empty = QuantizedLinear(

@@ -1,5 +1,6 @@
 """The pages say what is there: metadata, links, files, and the same code in both languages."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -48,6 +49,15 @@ def test_every_file_of_the_package_is_listed(text):
 
 def test_both_languages_paste_the_same_code():
     assert code_blocks(ENGLISH) == code_blocks(CHINESE)
+
+
+def test_tables_are_those_of_the_results():
+    """`python benchmarks tables` would change none of the pages."""
+    specification = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tables)
+    for page, text in tables.pages().items():
+        assert page.read_text(encoding="utf-8") == text
 
 
 def pasted(text):
