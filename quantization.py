@@ -155,7 +155,7 @@ def quantized_linear(
 ) -> Tensor:
     """x [..., in] -> [..., out] in x's dtype. `weight` is in the released packing or in its family's own layout."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    name = choose(backend, x.device) if x.dtype != torch.float64 else "torch"
+    name = "torch" if torch.float64 in (x.dtype, weight_scale.dtype) else choose(backend, x.device)
     if laid_out_by(weight) not in (None, name):
         weight = released(weight, weight_scale, rows.shape[1], bits)
     y = family(name).linear(rows, weight, weight_scale, bias, bits)
@@ -253,7 +253,7 @@ class QuantizedLinear(Frozen, nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not laid_out_by(self.weight) and not is_compiling() and not self._comes_and_goes():
+        if self.weight.is_cpu and not laid_out_by(self.weight) and not is_compiling() and not self._comes_and_goes():
             self.lay_out()
         return op(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)
 
@@ -262,14 +262,14 @@ class QuantizedLinear(Frozen, nn.Linear):
         hook = getattr(self, "_hf_hook", None)
         return any(getattr(hook, "offload", False) for hook in getattr(hook, "hooks", (hook,)))
 
-    @torch.inference_mode(False)  # what is made under it could not be trained on later
     def lay_out(self) -> None:
         """Put the weight into the layout that its kernel reads, where it has one of its own."""
         weight = self.weight  # one reading: another thread may be here, too
         kernel = family(choose(self.backend, weight.device))
         size = self.out_features, self.in_features, self.bits, self.group_size
         if not laid_out_by(weight) and kernel.readable(*size):
-            self._replace_weight(kernel.to_layout(weight, self.bits))
+            with torch.inference_mode(False):  # what is made under it could not be trained on later
+                self._replace_weight(kernel.to_layout(weight, self.bits))
 
     @torch.inference_mode(False)
     def _release(self) -> None:

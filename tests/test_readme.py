@@ -52,10 +52,11 @@ def test_both_languages_paste_the_same_code():
 
 
 def test_tables_are_those_of_the_results():
-    """`python benchmarks tables` would change none of the pages."""
+    """`python benchmarks tables` would change none of the pages, but for a new matrix of releases."""
     specification = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     tables = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tables)
+    tables.MAKERS = [make for make in tables.MAKERS if make.__name__ != "matrix"]
     for page, text in tables.pages().items():
         assert page.read_text(encoding="utf-8") == text
 
