@@ -108,6 +108,13 @@ class Family(NamedTuple):
     to_layout: Optional[Callable] = None  # weight, bits -> the weight in the layout
     from_layout: Optional[Callable] = None  # layout, out_features, in_features, bits -> the weight
 
+    def laid_out(self, weight: Tensor, in_features: int, bits: int, group_size: Optional[int]) -> Tensor:
+        """A weight in the released packing, in the layout where it holds these weights, else as it is."""
+        if not self.readable(weight.shape[0], in_features, bits, group_size):
+            return weight
+        with torch.inference_mode(False):  # what is made under it could not be trained on later
+            return self.to_layout(weight, bits)
+
 
 @functools.lru_cache(None)
 def family(name: str) -> Family:
@@ -265,11 +272,9 @@ class QuantizedLinear(Frozen, nn.Linear):
     def lay_out(self) -> None:
         """Put the weight into the layout that its kernel reads, where it has one of its own."""
         weight = self.weight  # one reading: another thread may be here, too
-        kernel = family(choose(self.backend, weight.device))
-        size = self.out_features, self.in_features, self.bits, self.group_size
-        if not laid_out_by(weight) and kernel.readable(*size):
-            with torch.inference_mode(False):  # what is made under it could not be trained on later
-                self._replace_weight(kernel.to_layout(weight, self.bits))
+        if not laid_out_by(weight):
+            kernel = family(choose(self.backend, weight.device))
+            self._replace_weight(kernel.laid_out(weight, self.in_features, self.bits, self.group_size))
 
     @torch.inference_mode(False)
     def _release(self) -> None:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .quantization_cpu_source import WIDEST, source
+from .quantization_stock import X86
 from .quantization_stock import linear as stock_linear
 
 ROWS, GROUP = 32, 128  # a block of the layout: output rows, inputs
@@ -92,16 +93,16 @@ def compiled(kind: str, flags: Tuple[str, ...]) -> str:
 @functools.lru_cache(None)
 def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
     """(the compiled kernels, "") or (None, why there are none and what would help)."""
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+    if platform.system() != "Linux" or not X86:
         return None, f"the kernel is written for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    library, reason = None, "this CPU has neither AVX512-VNNI nor AVX2 instructions"
+    reason = "this CPU has neither AVX512-VNNI nor AVX2 instructions"
     for kind, flags in instructions():  # an older compiler may know the slower ones alone
         try:
             library = ctypes.CDLL(compiled(kind, flags))
             break
         except (OSError, subprocess.SubprocessError) as error:
             reason = str(error)
-    if library is None:
+    else:
         return None, reason
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
     library.linear.argtypes = (p, p, p, p, p, p, n, n, n, n, n, i, i, i, i)
@@ -180,7 +181,7 @@ def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) 
 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
-    """x [N, in] -> [N, out]. Only a weight in the layout gets here fast: torch multiplies by the released packing."""
+    """x [N, in] -> [N, out]. torch multiplies by a weight that is still in the released packing."""
     if weight.dim() == 2:  # laying it out for one call takes longer
         return stock_linear(x, weight, weight_scale, bias, bits)
     (n, k), out = x.shape, weight_scale.shape[0]

@@ -202,7 +202,8 @@ def _even_first(x: Tensor) -> Tensor:
     return torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
 
 
-# Each takes x [N, in], and returns what multiplies it by q [in, rows] to [N, rows], and for how many rows at a time.
+# Each takes x [N, in], and returns what multiplies it by q [in, rows] to [N, rows]; the first three also for how many
+# rows at a time.
 
 
 def _by_float32(x: Tensor):

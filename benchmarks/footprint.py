@@ -1,7 +1,7 @@
 """The memory that int4 or int8 takes at the 6.2B shapes: the model, a prompt of 2,048 tokens, an answer at 8,192.
 
-Peaks include the model. On a GPU it is what torch allocates, on a CPU what of the process is resident above what was
-before the model (Linux). The activations are half precision.
+A peak is the model and how far memory rises above it: what torch allocates on a GPU, what of the process is resident
+on a CPU (Linux). The activations are half precision.
 """
 
 import torch
@@ -28,7 +28,7 @@ def run(args):
         options["quantization_options"] = {"embedding": True, "output_layer": True}
     model = random_model("6b", dtype, args.device, args.layers, quantization_bit=args.bits, **options)
     prompt_pass(model, 64)()  # from now on the weights are in their kernel's layout
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    size = model.get_memory_footprint(return_buffers=False)
 
     def answer():
         step(model, filled_cache(model, args.context - 1))()

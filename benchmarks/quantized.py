@@ -111,8 +111,7 @@ def errors(bits, backend, group_size, dtype, device):
             x = x.to(dtype)
             want = quantization.reference_linear(x.float(), weight, scale, None, bits)
             kernel = quantization.family(quantization.choose(backend, x.device))
-            held = kernel.to_layout(weight, bits) if kernel.readable(512, 4096, bits, group_size) else weight
-            got = kernel.linear(x, held, scale, None, bits)
+            got = kernel.linear(x, kernel.laid_out(weight, 4096, bits, group_size), scale, None, bits)
             result[f"{name}, {tokens} tokens"] = round(((got.float() - want).norm() / want.norm()).item(), 5)
     return result
 
@@ -127,7 +126,7 @@ def time_model(args, bits, backend):
     for layer in layers:
         layer.backend = backend
     kernel = quantization.choose(backend, model.device) if quantized else "F.linear"
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    size = model.get_memory_footprint(return_buffers=False)
     result = {"bits": bits, "backend": backend, "kernel": kernel, "model_gb": round(size / 1e9, 2)}
     result["tokens_per_second"] = {}
     llama = Llama(args.llama, bits, args.layers) if args.llama and quantized else None

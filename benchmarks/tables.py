@@ -84,11 +84,12 @@ def rows_by_kind(records, *columns):
 def decode(say):
     """Times, and how much of each is the first one and what reading the longer context's bytes adds to it."""
     records = newest("decode", "shape", "compiled", "dtype", "device")
-    rows = rows_by_kind(records, "context", "ours_ms", "glm_ms", "ratio", "limit_ms")
-    first = [record["rows"][0] for record in records for _ in record["rows"]]
-    for row, begin in zip(rows, first):
-        predicted = begin["ours_ms"] + row[-1] - begin["limit_ms"]
-        row.append(f"{predicted / row[2]:.0%}")
+    for record in records:
+        first = record["rows"][0]
+        for row in record["rows"]:
+            predicted = first["ours_ms"] + row["limit_ms"] - first["limit_ms"]
+            row["explained"] = f"{predicted / row['ours_ms']:.0%}"
+    rows = rows_by_kind(records, "context", "ours_ms", "glm_ms", "ratio", "limit_ms", "explained")
     header = ["", "context", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "limit, ms", "explained by bytes"]
     return table(header, rows, records, "decode", say)
 
@@ -143,6 +144,7 @@ def with_head(name, settings, say):
     return f"{name}, {say('with int8 embedding and output layer')}" if settings["small_head"] else name
 
 
+SPECIAL = ("small_head", "group_size", "instructions")  # what makes a run of the quantized benchmark other than plain
 KERNELS = {"cpu": "the C kernel", "stock": "torch's own operators", "triton": "Triton", "cpm": "CUDA C"}
 
 
@@ -154,10 +156,9 @@ def computed_by(record, run):
 
 def quantized_runs():
     """The newest whole runs of the quantized benchmark, the plain ones first."""
-    special = ("small_head", "group_size", "instructions")
-    records = newest("quantized", *special, "bits", "dtype", "backends", "device")
+    records = newest("quantized", *SPECIAL, "bits", "dtype", "backends", "device")
     records = [record for record in records if record["settings"]["layers"] == 28]
-    return sorted(records, key=lambda r: ([bool(r["settings"].get(key)) for key in special], r["settings"]["bits"]))
+    return sorted(records, key=lambda r: ([bool(r["settings"].get(key)) for key in SPECIAL], r["settings"]["bits"]))
 
 
 def quantized(say):
@@ -183,8 +184,7 @@ def quantized(say):
 
 
 def errors(say):
-    special = {"instructions", "small_head", "group_size"}
-    records = [r for r in quantized_runs() if "error" in r["runs"][0] and not any(map(r["settings"].get, special))]
+    records = [r for r in quantized_runs() if "error" in r["runs"][0] and not any(map(r["settings"].get, SPECIAL))]
     seen = {}
     for record in records:
         for run in record["runs"]:

@@ -36,12 +36,26 @@ def import_repository():
 import_repository()
 
 
-def import_train():
-    """examples/tiny/train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_tiny", TINY / "train.py")
+def import_file(path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def import_train():
+    """examples/tiny/train.py as a module."""
+    return import_file(TINY / "train.py")
+
+
+def c_kernels(kind, *options):
+    """(the C kernels for CPUs of another kind, "") or (None, why there are none), as `load_library` returns them."""
+    from chatglm2 import quantization_cpu
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantization_cpu, "instructions", lambda: [(kind, (*quantization_cpu.FLAGS, *options))])
+        return quantization_cpu.load_library.__wrapped__()
 
 
 ANSWERS = {  # of the carried checkpoint

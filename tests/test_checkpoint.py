@@ -6,7 +6,7 @@ import pytest
 import torch
 from chatglm2 import quantization_cpu
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
-from conftest import TINY, import_train
+from conftest import TINY, c_kernels, import_train
 from safetensors.torch import load_file
 
 
@@ -31,8 +31,7 @@ def test_quantized_it_still_answers(train, tokenizer, bits, share, backend, monk
     """int8 answers all rounds, int4 at least 95% of them, in the dtype whose activations are rounded too."""
     backend, _, kind = backend.partition(": ")
     if kind:
-        monkeypatch.setattr(quantization_cpu, "instructions", lambda: [(kind, quantization_cpu.FLAGS)])
-        library, reason = quantization_cpu.load_library.__wrapped__()
+        library, reason = c_kernels(kind)
         if reason:
             pytest.skip(reason)
         monkeypatch.setattr(quantization_cpu, "load_library", lambda: (library, reason))

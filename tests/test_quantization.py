@@ -25,6 +25,7 @@ from chatglm2.quantization import (
     reference_linear,
     unpack,
 )
+from conftest import c_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -49,12 +50,10 @@ ERROR = {torch.float32: 1e-5, torch.float16: 1.2e-2, torch.bfloat16: 1.4e-2}
 @functools.lru_cache(None)
 def library(kind):
     """The C kernels for CPUs of another kind; AVX-VNNI's instruction is played by AVX512's of 256 bits."""
-    flags = quantization_cpu.FLAGS
-    if kind == "avxvnni":
-        flags += (*quantization_cpu.AVX512.values(), "-D__AVXVNNI__", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantization_cpu, "instructions", lambda: [("avx2", flags)])
-        return quantization_cpu.load_library.__wrapped__()
+    if kind == "avx2":
+        return c_kernels("avx2")
+    played = "-D__AVXVNNI__", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"
+    return c_kernels("avx2", *quantization_cpu.AVX512.values(), *played)
 
 
 def linear_of(kernel):
@@ -64,8 +63,7 @@ def linear_of(kernel):
 
     def linear(x, weight, weight_scale, bias, bits):
         group_size = None if weight_scale.dim() == 1 else x.shape[1] // weight_scale.shape[1]
-        if family.readable(len(weight), x.shape[1], bits, group_size):
-            weight = family.to_layout(weight, bits)
+        weight = family.laid_out(weight, x.shape[1], bits, group_size)
         return family.linear(x, weight, weight_scale, bias, bits)
 
     if not kind:

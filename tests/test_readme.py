@@ -1,13 +1,12 @@
 """The pages say what is there: metadata, links, files, and the same code in both languages."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import CODE_FILES, ROOT
+from conftest import CODE_FILES, ROOT, import_file
 
 FOLDERS = (".", "benchmarks", "evaluation", "examples/tiny", "export", "finetune", "tests")
 PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
@@ -53,9 +52,7 @@ def test_both_languages_paste_the_same_code():
 
 def test_tables_are_those_of_the_results():
     """`python benchmarks tables` would change none of the pages, but for a new matrix of releases."""
-    specification = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    tables = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tables)
+    tables = import_file(ROOT / "benchmarks" / "tables.py")
     tables.MAKERS = [make for make in tables.MAKERS if make.__name__ != "matrix"]
     for page, text in tables.pages().items():
         assert page.read_text(encoding="utf-8") == text
