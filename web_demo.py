@@ -77,15 +77,15 @@ def build(model, tokenizer, args):
     def ask(query, messages):
         if not query.strip():
             raise gr.Error("Type a message first. / 请先输入消息。", print_exception=False)
-        return [*messages, message("user", query)], busy()
+        return [*messages, message("user", query)], *busy()
 
     def ask_again(messages):
         while messages[-1]["role"] == "assistant":
             messages.pop()
-        return messages, busy()
+        return messages, *busy()
 
     def edit(messages, edited: gr.EditData):
-        return [*messages[: edited.index], message("user", edited.value)], busy()
+        return [*messages[: edited.index], message("user", edited.value)], *busy()
 
     def answer(messages, temperature, top_p, max_new_tokens):
         *before, question = messages
@@ -106,10 +106,11 @@ def build(model, tokenizer, args):
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
     def busy():
-        return gr.Textbox("", interactive=False, submit_btn=False, stop_btn=True)
+        return gr.Textbox("", interactive=False, submit_btn=False, stop_btn=True), False
 
-    def ready():  # its outputs name the conversation as well, which takes gradio's "Error" off it
-        return gr.skip(), gr.Textbox(interactive=True, submit_btn=True, stop_btn=False)
+    def ready(cleared):  # its outputs name the conversation as well, which takes gradio's "Error" off it
+        conversation = [] if cleared else gr.skip()
+        return conversation, gr.Textbox(interactive=True, submit_btn=True, stop_btn=False), False
 
     room = model.config.seq_length
     with gr.Blocks(title="ChatGLM2", analytics_enabled=False, fill_height=True) as page:
@@ -130,10 +131,14 @@ def build(model, tokenizer, args):
             limit = args.max_new_tokens or min(2048, room // 2)
             max_new_tokens = gr.Slider(1, room, limit, step=1, label=LABELS("max_new_tokens"))
 
-        both, hidden = [chatbot, box], {"api_visibility": "private", "show_progress": "hidden"}
-        asked = box.submit(ask, [box, chatbot], both, **hidden)
-        asked_again = chatbot.retry(ask_again, chatbot, both, **hidden)
-        edited = chatbot.edit(edit, chatbot, both, **hidden)
+        # What the model says until it hears of "Clear" brings the conversation back; `ready`, which comes after it all,
+        # has to empty the page again.
+        cleared = gr.Checkbox(visible=False)
+
+        state, hidden = [chatbot, box, cleared], {"api_visibility": "private", "show_progress": "hidden"}
+        asked = box.submit(ask, [box, chatbot], state, **hidden)
+        asked_again = chatbot.retry(ask_again, chatbot, state, **hidden)
+        edited = chatbot.edit(edit, chatbot, state, **hidden)
         answers = [
             event.success(
                 answer,
@@ -148,11 +153,11 @@ def build(model, tokenizer, args):
             for event in (asked, asked_again, edited)
         ]
         for event in answers:
-            event.success(ready, None, both, **hidden)
+            event.success(ready, cleared, state, **hidden)
         for event in (asked, *answers):  # a stopped answer counts as failed, too
-            event.failure(ready, None, both, **hidden)
+            event.failure(ready, cleared, state, **hidden)
         box.stop(None, cancels=answers)
-        chatbot.clear(None, cancels=answers)
+        chatbot.clear(None, None, cleared, js="() => true", cancels=answers)
     return page
 
 

@@ -335,6 +335,27 @@ def test_leaving_ends_the_work(serve, open_chat, how):
         chat.shows()
 
 
+def test_clear_over_a_slow_line(serve, open_chat):
+    """What the model says until it hears of Clear brings nothing back; the next question begins a conversation."""
+    served = serve()
+    chat, held = open_chat(served.url), []
+    chat.page.route("**/cancel", lambda route: held.append(route), times=1)
+    chat.ask("hello")
+    chat.wait_until(lambda: "".join(chat.texts("bot")), "no answer")
+    chat.press("Clear")
+    chat.wait_until(lambda: held, "nothing was cancelled")
+    steps = len(served.steps)
+    chat.wait_until(lambda: len(served.steps) > steps + 5, "the model does not go on")
+    held[0].continue_()
+    chat.shows()
+    chat.ask("more")
+    chat.wait_until(lambda: "".join(chat.texts("bot")), "no second answer")
+    chat.stop()
+    chat.wait_until_ready()
+    assert chat.texts("user") == ["more"] and len(chat.texts("bot")) == 1
+    assert [(query, history) for query, history, _ in served.calls] == [("hello", []), ("more", [])]
+
+
 def test_settings_reach_the_model(serve, open_chat):
     """The three sliders; at temperature 0 nothing is sampled."""
     served = serve(endless=False, seconds=0)
