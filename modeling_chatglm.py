@@ -31,7 +31,7 @@ from .cache_chatglm import give_room
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatMixin
 from .quantization import quantize
-from .quantization_loading import ChatGLMQuantizationConfig  # noqa: F401 (it registers quant_method "chatglm")
+from .quantization_loading import float_weights  # importing it registers quant_method "chatglm"
 from .torch_compat import rms_norm
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
@@ -295,12 +295,29 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         return True  # the attention is looked up at every call
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers. The weights' own dtype is kept where none is asked for."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As in transformers. The weights' own dtype is kept where none is asked for.
+
+        Raises:
+            ValueError: besides what transformers raises: the config asks for int8 or int4 layers, and the checkpoint
+                holds no such weights.
+        """
+        try:
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            config = kwargs.get("config")
+            if not hasattr(config, "quantization_bit"):
+                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **kwargs)
+            if config.quantization_bit and any(word in str(error) for word in ("mismatch", "held as torch.int8")):
+                raise float_weights(config.quantization_bit, "tensors of other shapes or dtypes") from error
+            raise
+        unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
+        if unscaled:  # and float weights, which most releases of transformers have truncated to int8 by now
+            raise float_weights(model.config.quantization_bit, f"no {unscaled[0]}")
         model.base_model.freeze_below_prefix()  # loading may put new parameters in the old ones' place
-        return loaded
+        return (model, report) if output_loading_info else model
 
     def _init_weights(self, module):
         """Normal weights, zero biases, unit norms, for what no checkpoint gives; quantized weights stay."""

@@ -217,10 +217,18 @@ else:
 
 
 class Frozen(nn.Module):
-    """A module whose parameters ask for no gradient, whoever sets them: only what stands on top of it is trained."""
+    """What int8 and int4 layers share: their parameters ask for no gradient, whoever sets them, and are no floats."""
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value.requires_grad_(False) if isinstance(value, nn.Parameter) else value)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.dtype != torch.int8:  # copying would truncate each float to -1, 0 or 1
+            found = f"{prefix}weight is {weight.dtype} in the checkpoint, and int{self.bits} is held as torch.int8"
+            errors.append(f"{found}: load a float checkpoint into the unquantized model, then quantize")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
 class QuantizedLinear(Frozen, nn.Linear):
@@ -294,11 +302,6 @@ class QuantizedLinear(Frozen, nn.Linear):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         self._release()
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None and weight.dtype != torch.int8:  # copying would truncate each float to -1, 0 or 1
-            found = f"{prefix}weight is {weight.dtype} in the checkpoint, and int{self.bits} is held as torch.int8"
-            errors.append(f"{found}: load a float checkpoint into the unquantized model, then quantize")
-            return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self):  # copy.deepcopy and pickle

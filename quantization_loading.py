@@ -39,19 +39,20 @@ class ChatGLMQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        self.rounds = not model.config.quantization_bit  # else the checkpoint holds int8 and int4 already
+        stored = {name for name, layer in model.named_modules() if hasattr(layer, "weight_scale")}
         options = {key: value for key, value in vars(self.quantization_config).items() if key != "quant_method"}
         quantize(model, empty=True, **options)
-        if self.rounds and ConversionOps is not object:  # 5.0 to 5.10 cast what loads to the dtype that waits for it
-            for layer in model.modules():
-                if hasattr(layer, "weight_scale"):
-                    waiting = layer.weight.to(layer.weight_scale.dtype)
-                    layer.weight = nn.Parameter(waiting, requires_grad=False)
+        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "weight_scale")}
+        self.rounds = layers.keys() - stored  # the checkpoint holds the others in int8 and int4 already
+        if ConversionOps is not object:  # 5.0 to 5.10 cast what loads to the dtype that waits for it
+            for name in self.rounds:
+                waiting = layers[name].weight.to(layers[name].weight_scale.dtype)
+                layers[name].weight = nn.Parameter(waiting, requires_grad=False)
         return model
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         module, _, kind = param_name.rpartition(".")
-        return self.rounds and kind == "weight" and hasattr(model.get_submodule(module), "weight_scale")
+        return kind == "weight" and module in self.rounds
 
     def rounded(self, model, name, weight):
         """{name: the rounded weight, and its scale's name: the scale}, as parameters of the layer that `name` is of."""
@@ -78,7 +79,8 @@ class ChatGLMQuantizer(HfQuantizer):
     check_quantized_param = param_needs_quantization  # its name before 4.56
 
     def update_missing_keys(self, model, missing_keys, prefix):  # transformers 4
-        return [key for key in missing_keys if not (self.rounds and key.endswith(".weight_scale"))]
+        scales = {f"{name}.weight_scale" for name in self.rounds}
+        return [key for key in missing_keys if key not in scales]
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.rounds and "disk" in getattr(model, "hf_device_map", {}).values():
@@ -107,6 +109,15 @@ class RoundWhileLoading(ConversionOps):
     def convert(self, input_dict, *args, model=None, full_layer_name=None, **kwargs):
         (value,) = input_dict.values()
         return self.hf_quantizer.rounded(model, full_layer_name, value[0] if isinstance(value, list) else value)
+
+
+def float_weights(bits, found):
+    """The error for a config that asks for int8 or int4 layers beside a checkpoint that holds `found` for them."""
+    return ValueError(
+        f"quantization_bit={bits} asks for int{bits} layers, and the checkpoint holds {found}. If its weights are "
+        f"floats, load them with quantization_bit=0 and call .quantize({bits}); or quantize them while they load, with "
+        f"quantization_bit=0 and quantization_config=ChatGLMQuantizationConfig({bits})."
+    )
 
 
 def give_back(weight):

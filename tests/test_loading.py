@@ -201,6 +201,31 @@ def test_weights_of_another_shape_are_refused(saved):
         ChatGLMForConditionalGeneration.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("where", ["config.json", "argument"])
+def test_float_weights_where_the_config_asks_for_quantized_ones(saved, bits, where):
+    """quantization_bit beside a float checkpoint: an error with the cure, never weights of zeros; and it cures."""
+    model, folder = saved
+    asked = {"quantization_bit": bits} if where == "argument" else {}
+    if where == "config.json":
+        edit_config(folder, quantization_bit=bits)
+    with pytest.raises(ValueError, match=rf"quantization_bit={bits} asks for int{bits} layers.*quantization_bit=0"):
+        ChatGLMForConditionalGeneration.from_pretrained(folder, **asked)
+    cured = ChatGLMForConditionalGeneration.from_pretrained(folder, quantization_bit=0).quantize(bits)
+    assert_same_weights(cured, model.quantize(bits))
+
+
+def test_one_missing_scale_is_an_error(saved):
+    """A quantized checkpoint without the scale of one layer names it."""
+    model, folder = saved
+    model.quantize(8).save_pretrained(folder)
+    state, name = load_file(folder / "model.safetensors"), "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight_scale"
+    del state[name]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"no {name}"):
+        ChatGLMForConditionalGeneration.from_pretrained(folder)
+
+
 def test_folder_without_a_tokenizer_model_is_named(released_folder, tmp_path):
     """AutoTokenizer on a folder without tokenizer.model, or with one cut short, says so."""
     folder = tmp_path / "no-tokenizer"

@@ -578,6 +578,13 @@ def test_a_float_weight_is_refused_rather_than_truncated():
         layer.load_state_dict(nn.Linear(64, 40).state_dict(), strict=False)
 
 
+def test_a_float_embedding_is_refused_rather_than_truncated():
+    """The int8 embedding is as careful as the linear layers."""
+    embedding = quantization.QuantizedEmbedding.from_embedding(nn.Embedding(9, 8))
+    with pytest.raises(RuntimeError, match="weight is torch.float32 in the checkpoint"):
+        embedding.load_state_dict(nn.Embedding(9, 8).state_dict(), strict=False)
+
+
 def test_it_says_what_it_is():
     layer = QuantizedLinear.from_linear(nn.Linear(64, 40, bias=False), 4, group_size=32)
     assert repr(layer) == (
@@ -792,6 +799,22 @@ def test_quantizing_while_loading_gives_what_quantize_gives(make_model, tmp_path
     again = type(model).from_pretrained(tmp_path / "again", quantization_config=config, **{name: torch.float16})
     assert torch.equal(again(ids).logits, model(ids).logits)
     loaded.half().float()  # transformers refuses to cast models that it holds for quantized
+
+
+@pytest.mark.needs_transformers("4.55.0", "quantizers that round while loading, as they are today")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_checkpoint_may_have_more_quantized_while_it_loads(make_model, tmp_path, bits):
+    """Its int8 and int4 layers load as they are; the float embedding and output layer are rounded, not truncated."""
+    from chatglm2.quantization_loading import ChatGLMQuantizationConfig
+
+    more = {"embedding": True, "output_layer": True}
+    model = make_model().quantize(bits)
+    model.save_pretrained(tmp_path)
+    model.quantize(bits, **more)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=ChatGLMQuantizationConfig(bits, **more))
+    assert loaded.config.quantization_options == more
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.needs_transformers("4.55.0", "quantizers that round while loading, as they are today")
