@@ -20,6 +20,7 @@ from .torch_compat import is_compiling
 
 LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the four linear layers of every block
 LIMIT = {8: 127, 4: 7}  # bits -> the largest |q|
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what a layer multiplies
 CHUNK = 1 << 22  # weights rounded or restored at a time: what keeps the peak at one layer
 
 
@@ -161,12 +162,23 @@ def quantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int, backend: str
 ) -> Tensor:
     """x [..., in] -> [..., out] in x's dtype. `weight` is in the released packing or in its family's own layout."""
+    _check_input(x, weight, bits)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     name = "torch" if torch.float64 in (x.dtype, weight_scale.dtype) else choose(backend, x.device)
     if laid_out_by(weight) not in (None, name):
         weight = released(weight, weight_scale, rows.shape[1], bits)
     y = family(name).linear(rows, weight, weight_scale, bias, bits)
     return y.view(*x.shape[:-1], weight_scale.shape[0])
+
+
+def _check_input(x: Tensor, weight: Tensor, bits: int) -> None:
+    """Raise ValueError where a kernel would read past x or the weight, or does not know x's dtype."""
+    if x.dtype not in FLOATS:
+        raise ValueError(f"the input is {x.dtype}: cast it to float32, float16, bfloat16 or float64 first")
+    columns = weight.shape[1] * (32 if weight.dim() == 3 else 8) // bits
+    padding = columns - x.shape[-1]
+    if padding and not (weight.dim() == 3 and 0 < padding < 128):  # the layout of "cpu" is padded to as many
+        raise ValueError(f"the input has {x.shape[-1]} channels, and the weight has {columns}")
 
 
 def laid_out_by(weight: Tensor) -> Optional[str]:
@@ -268,6 +280,8 @@ class QuantizedLinear(Frozen, nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"the input has {x.shape[-1]} channels, the layer takes in_features={self.in_features}")
         if self.weight.is_cpu and not laid_out_by(self.weight) and not is_compiling() and not self._comes_and_goes():
             self.lay_out()
         return op(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)

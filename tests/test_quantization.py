@@ -326,6 +326,25 @@ def test_empty_batches_and_odd_shapes_of_the_input(kernel):
     assert layer(x.bfloat16()).dtype == torch.bfloat16  # the input's dtype, whatever the scales' is
 
 
+@pytest.mark.parametrize("kernel", [pytest.param("cpu", marks=needs_compiled), "stock", "torch"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_input_of_another_width_or_dtype_is_refused(kernel, bits):
+    """No kernel reads past the input or the weight: the layer and the op refuse, before and after laying out."""
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 64), bits, backend=kernel)
+    for _ in range(2):
+        for width in (1, 32, 96, 130, 1 << 22):
+            with pytest.raises(ValueError, match=f"has {width} channels.*in_features=64"):
+                layer(torch.ones(2, width))
+        for width in (130, 1 << 22):
+            with pytest.raises(ValueError, match=f"has {width} channels"):
+                quantization.op(torch.ones(2, width), layer.weight, layer.weight_scale, None, bits, kernel)
+        for dtype in (torch.int64, torch.bool):
+            with pytest.raises(ValueError, match=f"the input is {dtype}.*float32"):
+                layer(torch.ones(2, 64, dtype=dtype))
+        layer(torch.ones(2, 64))
+        assert kernel != "cpu" or layer.weight.dim() == 3
+
+
 @needs_compiled
 @given(st.integers(1, 100), st.integers(1, 300), st.sampled_from([4, 8]), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None, derandomize=True)
