@@ -10,7 +10,7 @@ A kernel family is a file, `quantization_<family>.py`, behind the one op `chatgl
 
 import functools
 import warnings
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,7 @@ def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Opti
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
+BACKENDS = ("auto", "triton", "cpm", "cpu", "stock", "torch")
 FAMILIES = {"cpu": ("cpu", "stock"), "cuda": ("triton", "cpm")}  # in the order "auto" tries them
 
 
@@ -136,14 +137,19 @@ def family(name: str) -> Family:
         from .quantization_stock import from_layout, linear, readable, to_layout, unavailable
 
         return Family(linear, unavailable, readable, to_layout, from_layout)
-    if name == "torch":
-        return Family(reference_linear, lambda device: None)
-    raise ValueError(f"backend={name!r}: choose auto, triton, cpm, cpu, stock or torch")
+    return Family(reference_linear, lambda device: None)  # "torch"
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError where nobody knows `backend`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
 
 
 @functools.lru_cache(None)
 def choose(backend: str, device: torch.device) -> str:
     """The family that computes `backend` on `device`; ValueError where a named one cannot run there, with the cure."""
+    check_backend(backend)
     if backend != "auto":
         reason = family(backend).unavailable(device)
         if reason:
@@ -279,6 +285,13 @@ class QuantizedLinear(Frozen, nn.Linear):
             layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         return layer.train(linear.training)
 
+    def __setattr__(self, name, value):
+        if name == "backend":
+            check_backend(value)
+            if hasattr(self, "weight"):
+                self._release()  # the next forward lays it out for this backend
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the input has {x.shape[-1]} channels, the layer takes in_features={self.in_features}")
@@ -354,18 +367,22 @@ class QuantizedEmbedding(Frozen, nn.Embedding):
 
 
 def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, skip=(), embedding: bool = False,
-             output_layer: bool = False, backend: str = "auto", empty: bool = False) -> nn.Module:  # fmt: skip
+             output_layer: bool = False, backend: Optional[str] = None, empty: bool = False) -> nn.Module:  # fmt: skip
     """Swap the four linear layers of every block for int8 or int4 ones, in place, and return the model.
 
     bits: 8, 4, or 0, which changes nothing. group_size: a scale for every 32 or 128 inputs, for quality. skip: names
     of layers, or of modules around them, that stay as they are ("dense_4h_to_h", "layers.0"). embedding, output_layer:
-    these too, in int8. backend: a kernel family by name. empty: the layers hold no values, a checkpoint will fill them.
+    these too, in int8. backend: a kernel family by name, for the layers that are quantized already, too; the default
+    is "auto" for new ones. empty: the layers hold no values, a checkpoint will fill them.
     Layer by layer: the peak is the model and one layer. Every layer is rehearsed before the first is swapped, so that a
-    failure leaves the model as it was. A quantized layer is left alone; asking other bits of it is a ValueError.
+    failure leaves the model as it was. A layer that is quantized already keeps its weight; asking other bits of it is a
+    ValueError.
     """
     if bits == 0:
         return model
     check_bits(bits)
+    new_backend = backend or "auto"
+    check_backend(new_backend)
 
     def quantized(layer):
         like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
@@ -374,27 +391,35 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
                 return QuantizedEmbedding(layer.num_embeddings, layer.embedding_dim, **like)
             return QuantizedEmbedding.from_embedding(layer)
         head = name.endswith("output_layer")
-        options = {"bits": 8 if head else bits, "group_size": None if head else group_size, "backend": backend}
+        options = {"bits": 8 if head else bits, "group_size": None if head else group_size, "backend": new_backend}
         if empty:
             bias = layer.bias is not None
             return QuantizedLinear(layer.in_features, layer.out_features, bias=bias, **options, **like)
         return QuantizedLinear.from_linear(layer, **options)
 
-    found = [name for name, layer in model.named_modules() if _is_target(name, layer, skip, embedding, output_layer)]
-    names = []
-    for name in found:
-        layer = model.get_submodule(name)
+    names, held = [], []
+    for name, layer in _find(model, skip).items():
+        kind = name.rpartition(".")[2]
         try:
-            if not hasattr(layer, "weight_scale"):
+            if hasattr(layer, "weight_scale"):
+                if kind in LAYERS and (layer.bits, layer.group_size) != (bits, group_size):
+                    raise ValueError(f"already int{layer.bits} with group_size={layer.group_size}, not int{bits} with "
+                                     f"{group_size}: quantize the float checkpoint instead")  # fmt: skip
+                if backend and isinstance(layer, nn.Linear):
+                    held.append(layer)
+                    if not layer.weight.is_meta:
+                        choose(backend, layer.weight.device)
+            elif {"word_embeddings": embedding, "output_layer": output_layer}.get(kind, True):
+                if layer is not model.get_submodule(name):
+                    raise ValueError("an adapter stands around it: quantize first, then add the adapter")
                 names.append(name)
                 if not empty:
-                    choose(backend, layer.weight.device)
+                    choose(new_backend, layer.weight.device)
                     quantized(layer)  # the rehearsal
-            elif name.rpartition(".")[2] in LAYERS and (layer.bits, layer.group_size) != (bits, group_size):
-                raise ValueError(f"already int{layer.bits} with group_size={layer.group_size}, not int{bits} with "
-                                 f"{group_size}: quantize the float checkpoint instead")  # fmt: skip
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
+    for layer in held:
+        layer.backend = backend
     try:
         for name in names:
             parent, _, child = name.rpartition(".")
@@ -407,8 +432,7 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
 
 def _write_config(model: nn.Module, bits: int, group_size: Optional[int]) -> None:
     """What of the model is quantized, and how, so that a checkpoint of it loads into the same layers."""
-    layers = {name: hasattr(layer, "weight_scale") for name, layer in model.named_modules()
-              if _is_target(name, layer, (), True, True)}  # fmt: skip
+    layers = {name: hasattr(layer, "weight_scale") for name, layer in _find(model).items()}
     if not any(layers.values()):
         return
     options = {
@@ -427,10 +451,17 @@ def _write_config(model: nn.Module, bits: int, group_size: Optional[int]) -> Non
         del model.config.quantization_options
 
 
-def _is_target(name: str, layer: nn.Module, skip, embedding: bool, output_layer: bool) -> bool:
-    kind = name.rpartition(".")[2]
-    if any(f".{entry}." in f".{name}." for entry in skip):
-        return False
-    if isinstance(layer, nn.Embedding):
-        return embedding and kind == "word_embeddings"
-    return isinstance(layer, nn.Linear) and (kind in LAYERS or output_layer and kind == "output_layer")
+def _find(model: nn.Module, skip=()) -> Dict[str, nn.Module]:
+    """{name: layer} of what can be quantized, or is, but for what `skip` names; PEFT's wrappers are looked into."""
+    kinds = {"word_embeddings": nn.Embedding, "output_layer": nn.Linear, **dict.fromkeys(LAYERS, nn.Linear)}
+    layers, skipped = {}, set()
+    for name, module in model.named_modules():
+        layer = getattr(module, "base_layer", module)
+        if isinstance(layer, kinds.get(name.rpartition(".")[2], ())):
+            layers[name] = layer
+    for entry in (skip,) if isinstance(skip, str) else skip:
+        named = {name for name in layers if f".{entry}." in f".{name}."}
+        if not named:
+            raise ValueError(f"skip names {entry!r}, and no layer is called so: try {LAYERS[-1]!r} or 'layers.0'")
+        skipped |= named
+    return {name: layer for name, layer in layers.items() if name not in skipped}

@@ -12,19 +12,22 @@ import sys
 import torch
 from torch import nn
 
-from .quantization import check_bits, quantize, quantize_weight
+from .quantization import check_backend, check_bits, choose, quantize, quantize_weight
 from .transformers_compat import ConversionOps, HfQuantizer, QuantizationConfigMixin, register_quantization
 
 
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     """bits 8 or 4, and the options of `quantization.quantize`."""
 
-    def __init__(
-        self, bits=4, group_size=None, skip=(), embedding=False, output_layer=False, backend="auto", **ignored
-    ):
+    def __init__(self, bits=4, group_size=None, skip=(), embedding=False, output_layer=False, backend="auto",
+                 quant_method="chatglm", **unknown):  # fmt: skip
         check_bits(bits)
-        self.quant_method = "chatglm"
-        self.bits, self.group_size, self.skip = bits, group_size, tuple(skip)
+        check_backend(backend)
+        if unknown:
+            raise ValueError(f"quantization_config knows no {', '.join(unknown)}: give bits, group_size, skip, "
+                             "embedding, output_layer, backend")  # fmt: skip
+        self.quant_method = quant_method
+        self.bits, self.group_size, self.skip = bits, group_size, (skip,) if isinstance(skip, str) else tuple(skip)
         self.embedding, self.output_layer, self.backend = embedding, output_layer, backend
 
 
@@ -38,7 +41,12 @@ class ChatGLMQuantizer(HfQuantizer):
     def is_serializable(self, safe_serialization=None):
         return True
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
+        backend, devices = self.quantization_config.backend, set()
+        if backend != "auto" and isinstance(device_map, dict):  # without one, the model may be moved afterwards
+            devices = set(device_map.values()) - {"disk"}
+        if len(devices) == 1:
+            choose(backend, torch.device(*devices))
         stored = {name for name, layer in model.named_modules() if hasattr(layer, "weight_scale")}
         options = {key: value for key, value in vars(self.quantization_config).items() if key != "quant_method"}
         quantize(model, empty=True, **options)

@@ -769,6 +769,54 @@ def test_save_and_reload_are_bit_equal(make_model, tmp_path, bits, options):
     assert torch.equal(other(ids).logits, logits)
 
 
+def test_quantize_gives_quantized_layers_another_backend(make_model):
+    """As a loaded int4 checkpoint needs it; whatever layout they were in, and nothing changes where it cannot run."""
+    model, ids = make_model().quantize(4, skip="layers.2", output_layer=True), torch.tensor([[5, 6, 7]])
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    state, logits = {name: value.clone() for name, value in model.state_dict().items()}, model(ids).logits
+    for backend in ("stock", "torch", "auto"):
+        assert model.quantize(4, skip="layers.2", backend=backend) is model
+        assert len(layers) == 9 and {layer.backend for layer in layers} == {backend}
+        torch.testing.assert_close(model(ids).logits, logits, rtol=1e-3, atol=1e-3)
+    model.quantize(4, skip="layers.2", backend="stock").quantize(4, skip="layers.2")
+    assert {layer.backend for layer in layers} == {"stock"}  # none was asked for
+    for backend in ("triton", "tritn"):
+        with pytest.raises(ValueError, match=f"backend='{backend}'"):
+            model.quantize(4, skip="layers.2", backend=backend)
+    assert {layer.backend for layer in layers} == {"stock"} and not any(
+        isinstance(layer, QuantizedLinear) for name, layer in linears(model).items() if "layers.2" in name
+    )
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_backend_set_by_hand_lays_the_weight_out_once():
+    """Not at every forward, and an unknown one is refused at once."""
+    layer, x = QuantizedLinear.from_linear(nn.Linear(64, 64), 4), torch.randn(2, 64)
+    weight, y = layer.weight.clone(), layer(x)
+    for backend in ("torch", "stock"):
+        layer.backend = backend
+        torch.testing.assert_close(layer(x), y)
+        held = layer.weight
+        layer(x)
+        assert layer.weight is held and quantization.laid_out_by(held) in (None, backend)
+    with pytest.raises(ValueError, match="backend='tritn': choose auto, triton"):
+        layer.backend = "tritn"
+    with pytest.raises(ValueError, match="backend='tritn': choose auto, triton"):
+        QuantizedLinear(64, 64, 4, backend="tritn")
+    assert layer.backend == "stock" and torch.equal(layer.state_dict()["weight"], weight)
+
+
+@pytest.mark.parametrize("wrong", ["dense_4h", "layers.7", ["layers.0", "dense4h_to_h"]])
+def test_a_name_in_skip_that_no_layer_has_is_an_error(make_model, wrong):
+    """It is named; a name alone need not stand in a list."""
+    model = make_model()
+    with pytest.raises(ValueError, match="skip names '(dense_4h|layers.7|dense4h_to_h)', and no layer is called so"):
+        model.quantize(4, skip=wrong)
+    assert not any(isinstance(layer, QuantizedLinear) for layer in model.modules())
+    model.quantize(4, skip="dense_4h_to_h")
+    assert {name[-13:] for name, m in linears(model).items() if not isinstance(m, QuantizedLinear)} == {"dense_4h_to_h"}
+
+
 def test_skip_is_undone_by_a_second_walk(make_model):
     model = make_model().quantize(4, skip=["layers.0"])
     assert len(model.config.quantization_options["skip"]) == 4
@@ -821,6 +869,19 @@ def test_quantizing_while_loading_gives_what_quantize_gives(make_model, tmp_path
 
 
 @pytest.mark.needs_transformers("4.55.0", "quantizers that round while loading, as they are today")
+def test_a_backend_that_cannot_run_where_the_model_loads(make_model, tmp_path):
+    """With a device_map the device is known, and refused at once; without one, .cuda() may come."""
+    pytest.importorskip("accelerate")
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    config = {"quant_method": "chatglm", "bits": 4, "backend": "triton", "skip": "dense"}
+    with pytest.raises(ValueError, match="backend='triton' cannot run on cpu"):
+        type(model).from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=config)
+    assert {getattr(layer, "backend", "float") for layer in linears(loaded).values()} == {"triton", "float"}
+
+
+@pytest.mark.needs_transformers("4.55.0", "quantizers that round while loading, as they are today")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_checkpoint_may_have_more_quantized_while_it_loads(make_model, tmp_path, bits):
     """Its int8 and int4 layers load as they are; the float embedding and output layer are rounded, not truncated."""
@@ -842,6 +903,10 @@ def test_quantizing_while_loading_finds_the_layer_that_cannot_be(make_model, tmp
 
     with pytest.raises(ValueError, match="bits=5"):
         ChatGLMQuantizationConfig(5)
+    with pytest.raises(ValueError, match="backend='tritn'"):
+        ChatGLMQuantizationConfig(4, backend="tritn")
+    with pytest.raises(ValueError, match="knows no groupsize: give bits, group_size"):
+        ChatGLMQuantizationConfig(4, groupsize=32)
     model = make_model().quantize(8)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="already int8"):
@@ -881,6 +946,22 @@ def test_lora_trains_on_top(make_model, bits, dtype):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_layers_inside_an_adapter_are_not_quantized_in_part(make_model):
+    """The other way round is an error, never a model of both; over int4, adapter and all, a walk changes nothing."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["query_key_value"])
+    model = peft.get_peft_model(make_model(), config)
+    with pytest.raises(ValueError, match="query_key_value: an adapter stands around it: quantize first"):
+        model.quantize(4)
+    assert not any(isinstance(layer, QuantizedLinear) for layer in model.modules())
+    assert not model.config.quantization_bit
+    model.quantize(4, skip="query_key_value")
+    assert len(model.config.quantization_options["skip"]) == 3
+    model = peft.get_peft_model(make_model().quantize(4), config)
+    model.quantize(4)
+    assert model.config.quantization_bit == 4 and not hasattr(model.config, "quantization_options")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
