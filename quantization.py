@@ -309,31 +309,35 @@ class QuantizedLinear(Frozen, nn.Linear):
         weight = self.weight  # one reading: another thread may be here, too
         if not laid_out_by(weight):
             kernel = family(choose(self.backend, weight.device))
-            self._replace_weight(kernel.laid_out(weight, self.in_features, self.bits, self.group_size))
+            self._replace_weight(weight, kernel.laid_out(weight, self.in_features, self.bits, self.group_size))
 
     @torch.inference_mode(False)
-    def _release(self) -> None:
-        self._replace_weight(released(self.weight, self.weight_scale, self.in_features, self.bits))
+    def _release(self) -> Tensor:
+        """Put the released packing back, and return it: another thread's forward may lay it out again at once."""
+        weight = self.weight
+        return self._replace_weight(weight, released(weight, self.weight_scale, self.in_features, self.bits))
 
-    def _replace_weight(self, weight: Tensor) -> None:
-        if weight is not self.weight:  # a new Parameter: another thread's forward may still read the old one
-            self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    def _replace_weight(self, held: Tensor, weight: Tensor) -> Tensor:
+        if weight is not held:  # a new Parameter: another thread's forward may still read the old one
+            weight = self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        return weight
 
     def _apply(self, *args, **kwargs):
         self._release()
         return super()._apply(*args, **kwargs)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._release()
+        weight = self._release()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         self._release()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self):  # copy.deepcopy and pickle
-        self._release()
-        return self.__dict__.copy()
+        weight = self._release()
+        return {**self.__dict__, "_parameters": {**self._parameters, "weight": weight}}
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""

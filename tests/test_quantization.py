@@ -575,6 +575,24 @@ def test_threads_that_use_a_new_layer_at_once_lay_it_out_once(backend, bits):
     assert torch.equal(layer.state_dict()["weight"], weight)
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_compiled), "stock"])
+def test_what_is_saved_is_released_whatever_another_thread_does(monkeypatch, backend):
+    """A forward right after the release, before the state dict is filled or the copy made: both hold the format."""
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 64), 4, backend=backend)
+    weight, release = layer.weight.clone(), QuantizedLinear._release
+
+    def release_and_lay_out(self):
+        released = release(self)
+        self.lay_out()
+        return released
+
+    layer(torch.randn(2, 64))
+    monkeypatch.setattr(QuantizedLinear, "_release", release_and_lay_out)
+    saved = layer.state_dict(), layer.state_dict(keep_vars=True), copy.deepcopy(layer)._parameters
+    assert all(torch.equal(state["weight"], weight) and state["weight"].shape == weight.shape for state in saved)
+    assert list(saved[0]) == ["weight", "weight_scale", "bias"] and isinstance(saved[1]["weight"], nn.Parameter)
+
+
 def test_casting_moves_the_scale_and_never_the_weight():
     layer = QuantizedLinear.from_linear(nn.Linear(64, 40).half(), 8)
     weight = layer.state_dict()["weight"].clone()
