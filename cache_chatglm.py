@@ -36,7 +36,8 @@ class GrowingLayer(DynamicLayer):
 def appended(held, buffer, new):
     """(held and new as one view, its buffer): `held` (B, G, S, D), `new` (B, G, T, D)."""
     seen, total = held.shape[2], held.shape[2] + new.shape[2]
-    mine = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.shape[:2] == held.shape[:2]
+    mine = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
+    mine = mine and buffer.shape[:2] == held.shape[:2]
     writable = mine and buffer.dtype == new.dtype and (torch.is_inference_mode_enabled() or not buffer.is_inference())
     if not writable or total > buffer.shape[2]:
         dtype = torch.promote_types(held.dtype, new.dtype)
