@@ -319,6 +319,13 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         model.base_model.freeze_below_prefix()  # loading may put new parameters in the old ones' place
         return (model, report) if output_loading_info else model
 
+    def quantize(self, bits, **options):
+        """Hold the linear layers of every block in `bits` (4 or 8) bits, in place; 0 changes nothing.
+
+        Options are those of `quantization.quantize`. Returns the model.
+        """
+        return quantize(self, bits, **options)
+
     def _init_weights(self, module):
         """Normal weights, zero biases, unit norms, for what no checkpoint gives; quantized weights stay."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -573,13 +580,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             attentions=outputs.attentions,
         )
         return output if return_dict else output.to_tuple()
-
-    def quantize(self, bits, **options):
-        """Hold the linear layers of every block in `bits` (4 or 8) bits, in place; 0 changes nothing.
-
-        Options are those of `quantization.quantize`. Returns the model.
-        """
-        return quantize(self, bits, **options)
 
 
 LOSS_CHUNK = 1024  # positions whose scores are held in float32 at a time

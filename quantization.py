@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .torch_compat import is_compiling
+from .torch_compat import autocast_dtype, is_compiling
 
 LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the four linear layers of every block
 LIMIT = {8: 127, 4: 7}  # bits -> the largest |q|
@@ -295,6 +295,9 @@ class QuantizedLinear(Frozen, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the input has {x.shape[-1]} channels, the layer takes in_features={self.in_features}")
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:  # as autocast treats nn.Linear
+            x = x.to(dtype)
         if self.weight.is_cpu and not laid_out_by(self.weight) and not is_compiling() and not self._comes_and_goes():
             self.lay_out()
         return op(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)

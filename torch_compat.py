@@ -30,6 +30,8 @@ else:  # delete with torch 2.4
 
 def autocast_dtype(kind):
     """The dtype that autocast computes in on devices of this kind ("cpu", "cuda"), or None where it is off."""
+    if kind == "meta":
+        return None
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if kind == "cpu":  # delete with torch 2.4

@@ -493,6 +493,32 @@ def test_the_gradient_survives_a_state_dict_between_forward_and_backward():
     assert x.grad.isfinite().all() and x.grad.any()
 
 
+def test_autocast_casts_the_input_as_it_does_for_a_linear_layer():
+    """float32 and float16 inputs become bfloat16, float64 stays; the gradient comes back in the input's dtype."""
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 48), 4)
+    x = torch.randn(3, 64, requires_grad=True)
+    want = layer(x.detach().bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert torch.equal(y, want) and layer(x.detach().half()).dtype == torch.bfloat16
+        assert layer(x.detach().double()).dtype == torch.float64
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.any()
+    assert layer(x).dtype == torch.float32
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14) or sys.platform == "win32", reason="torch.compile is not there")
+def test_autocast_compiles_without_a_break():
+    """Which dtype autocast computes in is known while tracing; a graph made without it is not taken for one with it."""
+    layer, x = QuantizedLinear.from_linear(nn.Linear(64, 48), 4), torch.randn(3, 64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert compiled(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        y, want = compiled(x), layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, want, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 14) or sys.platform == "win32", reason="torch.compile is not there")
 def test_compile_takes_the_op_as_it_is():
     torch.manual_seed(0)
@@ -649,6 +675,17 @@ def test_quantize_swaps_the_four_layers_of_every_block(make_model, bits, dtype):
         assert torch.equal(layer.state_dict()["weight"], packed) and torch.equal(layer.weight_scale, scale)
     assert type(model.transformer.output_layer) is nn.Linear
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_every_public_class_quantizes(make_model):
+    """The bare network and the classifier, as the one that chats; the classifier's head stays as it is."""
+    from chatglm2.modeling_chatglm import ChatGLMForSequenceClassification, ChatGLMModel
+
+    for cls in (ChatGLMModel, ChatGLMForSequenceClassification):
+        model = make_model(cls=cls)
+        assert model.quantize(4) is model and model.config.quantization_bit == 4
+        assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 12
+        assert model(torch.tensor([[5, 6, 7]]))[0].isfinite().all()
 
 
 def test_quantize_0_changes_nothing(make_model):
