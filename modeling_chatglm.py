@@ -326,6 +326,17 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         """
         return quantize(self, bits, **options)
 
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As in transformers; a ValueError where the embedding or the output layer is int8."""
+        base = self.base_model
+        for option, layer in (("embedding", base.embedding["word_embeddings"]), ("output_layer", base.output_layer)):
+            if hasattr(layer, "weight_scale") and new_num_tokens not in (None, len(layer.weight_scale)):
+                raise ValueError(
+                    f"new_num_tokens={new_num_tokens}: the {option} has {len(layer.weight_scale)} rows in int8, which "
+                    f"cannot be resized. Resize the float model, then quantize it, or quantize without {option}=True."
+                )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def _init_weights(self, module):
         """Normal weights, zero biases, unit norms, for what no checkpoint gives; quantized weights stay."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)

@@ -688,6 +688,19 @@ def test_every_public_class_quantizes(make_model):
         assert model(torch.tensor([[5, 6, 7]]))[0].isfinite().all()
 
 
+@pytest.mark.parametrize("option", ["embedding", "output_layer"])
+def test_int8_rows_of_the_vocabulary_are_not_resized(make_model, option):
+    """An error before anything is changed; without them in int8 both may grow."""
+    model = make_model().quantize(4, **{option: True})
+    with pytest.raises(ValueError, match=f"new_num_tokens=330: the {option} has 320 rows in int8.*Resize the float"):
+        model.resize_token_embeddings(330)
+    assert model.get_input_embeddings().num_embeddings == 320 == model.config.padded_vocab_size
+    model.resize_token_embeddings(320)
+    model = make_model().quantize(4)
+    model.resize_token_embeddings(330)
+    assert model(torch.tensor([[5, 6, 329]])).logits.shape == (1, 3, 330)
+
+
 def test_quantize_0_changes_nothing(make_model):
     model = make_model()
     before = {name: id(module) for name, module in model.named_modules()}
