@@ -360,6 +360,7 @@ def test_settings_reach_the_model(serve, open_chat):
     """The three sliders; at temperature 0 nothing is sampled."""
     served = serve(endless=False, seconds=0)
     chat = open_chat(served.url)
+    chat.page.wait_for_load_state("networkidle")  # what comes late may put the defaults back
     chat.page.locator(".label-wrap").click()
     for name, value in (("Temperature", "0.5"), ("Top-p", "0.6"), ("Max new tokens", "7")):
         field = chat.page.locator(f"input[type=number][aria-label*='{name}']")
