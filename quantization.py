@@ -312,17 +312,19 @@ class QuantizedLinear(Frozen, nn.Linear):
         weight = self.weight  # one reading: another thread may be here, too
         if not laid_out_by(weight):
             kernel = family(choose(self.backend, weight.device))
-            self._replace_weight(weight, kernel.laid_out(weight, self.in_features, self.bits, self.group_size))
+            laid_out = kernel.laid_out(weight, self.in_features, self.bits, self.group_size)
+            if laid_out is not weight:
+                self._replace_weight(laid_out)
 
     @torch.inference_mode(False)
     def _release(self) -> Tensor:
         """Put the released packing back, and return it: another thread's forward may lay it out again at once."""
-        weight = self.weight
-        return self._replace_weight(weight, released(weight, self.weight_scale, self.in_features, self.bits))
+        held = self.weight
+        weight = released(held, self.weight_scale, self.in_features, self.bits)
+        return held if weight is held else self._replace_weight(weight)
 
-    def _replace_weight(self, held: Tensor, weight: Tensor) -> Tensor:
-        if weight is not held:  # a new Parameter: another thread's forward may still read the old one
-            weight = self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    def _replace_weight(self, weight: Tensor) -> Tensor:
+        weight = self.weight = nn.Parameter(weight.detach(), requires_grad=False)  # a forward may read the old one yet
         return weight
 
     def _apply(self, *args, **kwargs):
