@@ -109,13 +109,26 @@ static inline void store(void *p, int type, long i, long n, __m256 v) {
 
 /* The block's scales, transposed: [out][groups] -> s[groups][32]. */
 static inline void scales_of(const void *scale, int type, long block, long out, long groups, float *s) {
-  for (long r = 0; r < 32; r++)
-    for (long g = 0; g < groups; g += 8) {
-      float part[8];
-      long row = block * 32 + r, count = min(8, groups - g);
-      _mm256_storeu_ps(part, row < out ? load(scale, type, row * groups + g, count) : _mm256_setzero_ps());
-      for (long i = 0; i < count; i++) s[(g + i) * 32 + r] = part[i];
+  for (long r = 0; r < 32; r += 8) {
+    const long row = block * 32 + r;
+    if (groups == 1) _mm256_storeu_ps(s + r, load(scale, type, row, out - row));
+    for (long g = 0; g < groups && groups > 1; g += 8) {  /* 8 x 8 at a time: pairs of rows, of pairs, of fours */
+      __m256 a[8], b[8];
+      for (long i = 0; i < 8; i++)
+        a[i] = row + i < out ? load(scale, type, (row + i) * groups + g, groups - g) : _mm256_setzero_ps();
+      for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      }
+      for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+          a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+          a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+        }
+      for (int i = 0; i < min(8, groups - g); i++)
+        _mm256_storeu_ps(s + (g + i) * 32 + r, _mm256_permute2f128_ps(a[i % 4], a[i % 4 + 4], i < 4 ? 0x20 : 0x31));
     }
+  }
 }
 
 /* One token to int8 a group at a time: q = round(x / scale), scale = max|x| / 127, start = -offset * sum(q). */
@@ -167,43 +180,72 @@ static inline __m256i dot(__m256i sum, __m256i u, __m256i s) {
 #endif
 }
 
-/* The same for a pair of them, of which each four must fit. */
-static inline __m256i dots(__m256i sum, __m256i u, __m256i s, __m256i u2, __m256i s2) {
+/* The same where u is a nibble: sums of 16 bits, which hold eight such dots, or of 32. The empty asm keeps the order in
+   which they are added: GCC's own runs out of registers. */
+static inline __m256i dot_nibbles(__m256i sum, __m256i u, __m256i s) {
 #ifdef __AVXVNNI__
-  return dot(dot(sum, u, s), u2, s2);
+  return dot(sum, u, s);
 #else
-  __m256i products = _mm256_add_epi16(_mm256_maddubs_epi16(u, s), _mm256_maddubs_epi16(u2, s2));
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s));
+  asm("" : "+x"(sum));
+  return sum;
 #endif
+}
+
+/* What dot_nibbles added up, in 32 bits. */
+static inline __m256i widened(__m256i sum) {
+#ifdef __AVXVNNI__
+  return sum;
+#else
+  return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+#endif
+}
+
+static inline __m256i quad(const int8_t *x) {
+  int32_t four;
+  memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
 }
 
 /* 8 * parts rows together. int8 moves its sign to x: |w| times it is at most 2 * 128 * 127, which fits. */
 static inline __attribute__((always_inline)) void multiply(const uint8_t *w, const int8_t *x, const int32_t *start,
     const float *xs, const float *ws, float *sums, long steps, int bits, int tokens, int parts) {
   const __m256i nibble = _mm256_set1_epi8(15), highest = _mm256_set1_epi8(-128);
+  const int together = bits == 8 ? 1 : 4;
   for (int from = 0; from < 4; from += parts) {
     __m256i sum[4][4];
     for (int t = 0; t < tokens; t++)
       for (int p = 0; p < parts; p++) sum[t][p] = _mm256_set1_epi32(start[t]);
-    for (long step = 0; step < steps; step++) {
-      const int8_t *quads = x + step * 4 * tokens * (bits == 8 ? 1 : 2);
-      for (int p = 0; p < parts; p++) {
-        const uint8_t *at = w + 128 * step + 32 * (from + p);
-        if (p % 2 == 0) _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-        __m256i v = _mm256_loadu_si256((const __m256i *)at);
-        for (int t = 0; t < tokens; t++) {
-          int32_t first, second;
-          memcpy(&first, quads + 4 * t, 4);
+    const int8_t *quads = x;
+    const uint8_t *at = w + 32 * from;
+    for (long step = 0; step < steps; step += together) {
+      __m256i some[4][4] = {0};
+      #pragma GCC unroll 4
+      for (int i = 0; i < together; i++, at += 128, quads += 4 * tokens * (bits == 8 ? 1 : 2)) {
+        __m256i v[4], low[4], high[4];
+        for (int p = 0; p < parts; p++) {
+          if (p % 2 == 0) _mm_prefetch((const char *)at + 32 * p + AHEAD, _MM_HINT_T0);
+          v[p] = _mm256_loadu_si256((const __m256i *)(at + 32 * p));
           if (bits == 8) {
-            __m256i q = _mm256_xor_si256(v, highest);
-            sum[t][p] = dot(sum[t][p], _mm256_abs_epi8(q), _mm256_sign_epi8(_mm256_set1_epi32(first), q));
-            continue;
+            v[p] = _mm256_xor_si256(v[p], highest);
+            low[p] = _mm256_abs_epi8(v[p]);
+          } else {
+            low[p] = _mm256_and_si256(v[p], nibble), high[p] = _mm256_and_si256(_mm256_srli_epi32(v[p], 4), nibble);
           }
-          memcpy(&second, quads + 4 * (tokens + t), 4);
-          __m256i low = _mm256_and_si256(v, nibble), high = _mm256_and_si256(_mm256_srli_epi32(v, 4), nibble);
-          sum[t][p] = dots(sum[t][p], low, _mm256_set1_epi32(first), high, _mm256_set1_epi32(second));
+        }
+        for (int t = 0; t < tokens; t++) {
+          const __m256i s = quad(quads + 4 * t);
+          for (int p = 0; p < parts; p++)
+            if (bits == 8) sum[t][p] = dot(sum[t][p], low[p], _mm256_sign_epi8(s, v[p]));
+            else some[t][p] = dot_nibbles(some[t][p], low[p], s);
+        }
+        for (int t = 0; t < tokens && bits == 4; t++) {
+          const __m256i s = quad(quads + 4 * (tokens + t));
+          for (int p = 0; p < parts; p++) some[t][p] = dot_nibbles(some[t][p], high[p], s);
         }
       }
+      for (int t = 0; t < tokens && bits == 4; t++)
+        for (int p = 0; p < parts; p++) sum[t][p] = _mm256_add_epi32(sum[t][p], widened(some[t][p]));
     }
     for (int t = 0; t < tokens; t++)
       for (int p = 0; p < parts; p++) {
@@ -218,7 +260,7 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *w, con
     const int32_t *start, const float *xs, const float *ws, float *sums, long steps) { \
   multiply(w, x, start, xs, ws, sums, steps, BITS, TOKENS, PARTS); \
 }
-TILE(4, 1, 4) TILE(4, 2, 4) TILE(4, 4, 2) TILE(8, 1, 4) TILE(8, 2, 4) TILE(8, 4, 2)
+TILE(4, 1, 4) TILE(4, 2, 2) TILE(4, 4, 2) TILE(8, 1, 4) TILE(8, 2, 4) TILE(8, 4, 2)
 """
 
 BODY = r"""

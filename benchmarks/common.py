@@ -223,11 +223,20 @@ def processor():
         return platform.processor() or platform.machine()
 
 
+def instructions(device="cpu"):
+    """What decides which kernels there are: "AVX512-VNNI", "AVX2", "GPU" or "other"."""
+    if torch.device(device).type != "cpu":
+        return "GPU"
+    known = [kind for kind, _ in quantization_cpu.instructions()]
+    return {"avx512": "AVX512-VNNI", "avx2": "AVX2"}[known[0]] if known else "other"
+
+
 def machine(dtype, device="cpu"):
     """The hardware, the versions, and what the machine can do at this moment."""
     gpu = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else processor(),
+        "instructions": instructions(device),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

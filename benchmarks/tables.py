@@ -28,7 +28,6 @@ CHINESE = {
     "prefill 32": "预填充 32",
     "prefill 512": "预填充 512",
     "the C kernel": "C 内核",
-    "the C kernel, AVX2 alone": "C 内核，仅 AVX2",
     "torch's own operators": "torch 自带算子",
     ORIGINAL: "先反量化再相乘",
     "in groups of": "每组",
@@ -38,13 +37,22 @@ CHINESE = {
 }
 
 
-def newest(benchmark, *settings):
+PROCESSORS = ("GPU", "AVX512-VNNI", "AVX2", "other")  # each has tables of its own
+
+
+def instructions(record):
+    """The one of PROCESSORS that a run was made on; those that do not say so were made with AVX512-VNNI."""
+    return record["machine"].get("instructions", "AVX512-VNNI")
+
+
+def newest(processor, benchmark, *settings):
     """The last run of results/BENCHMARK.jsonl for each combination of these settings, in the order of their values."""
     path = RESULTS / f"{benchmark}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     runs = {}
     for record in map(json.loads, lines):
-        runs[tuple(str(record["settings"].get(key)) for key in settings)] = record
+        if instructions(record) == processor:
+            runs[tuple(str(record["settings"].get(key)) for key in settings)] = record
     return [runs[key] for key in sorted(runs, reverse=True)]
 
 
@@ -57,7 +65,8 @@ def table(header, rows, records, benchmark, say):
     machines = {}
     for record in records:
         m = record["machine"]
-        where = f"{m['device']}, {m['threads']} {say('threads')}, torch {m['torch']}, transformers {m['transformers']}"
+        where = f"{m['device']} ({instructions(record)}), {m['threads']} {say('threads')}"
+        where += f", torch {m['torch']}, transformers {m['transformers']}"
         machines.setdefault(where, []).append(f"{m['memory_gb_per_second']:g}")
     notes = [f"{where}, {', '.join(sorted(set(speeds)))} GB/s" for where, speeds in machines.items()]
     return f"{text}\n\n{'; '.join(notes)}. `python benchmarks {benchmark}`"
@@ -81,9 +90,9 @@ def rows_by_kind(records, *columns):
     return [[kind(record), *row] for record in records for row in rows_of([record], *columns)]
 
 
-def decode(say):
+def decode(say, processor):
     """Times, and how much of each is the first one and what reading the longer context's bytes adds to it."""
-    records = newest("decode", "shape", "compiled", "dtype", "device")
+    records = newest(processor, "decode", "shape", "compiled", "dtype", "device")
     for record in records:
         first = record["rows"][0]
         for row in record["rows"]:
@@ -94,38 +103,38 @@ def decode(say):
     return table(header, rows, records, "decode", say)
 
 
-def prefill(say):
-    records = newest("prefill", "shape", "dtype", "device")
+def prefill(say, processor):
+    records = newest(processor, "prefill", "shape", "dtype", "device")
     rows = rows_by_kind(records, "length", "ours_ms", "glm_ms", "ratio", "share")
     rows = [[*row, f"{share:.0%}"] for *row, share in rows]
     header = ["", "prompt", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "of the matmul rate"]
     return table(header, rows, records, "prefill", say)
 
 
-def throughput(say):
-    records = newest("throughput", "shape", "dtype", "device")
+def throughput(say, processor):
+    records = newest(processor, "throughput", "shape", "dtype", "device")
     rows = rows_by_kind(records, "batch", "ours", "glm", "ratio")
     header = ["", "batch", "ours, tokens/s", "GlmForCausalLM", "times as fast"]
     return table(header, rows, records, "throughput", say)
 
 
-def memory(say):
-    records = newest("memory", "shape", "dtype", "device")
+def memory(say, processor):
+    records = newest(processor, "memory", "shape", "dtype", "device")
     rows = rows_by_kind(records, "length", "ours_mb", "chunked_mb", "glm_mb", "cache_mb")
     header = ["", "prompt", "ours, MB", "ours in chunks, MB", "GlmForCausalLM, MB", "of it the cache, MB"]
     return table(header, rows, records, "memory", say)
 
 
-def training(say):
-    records = [record for record in newest("memory", "shape", "dtype", "device") if record["training"]][:1]
+def training(say, processor):
+    records = [record for record in newest(processor, "memory", "shape", "dtype", "device") if record["training"]][:1]
     columns = ["ours_mb", "ours_checkpointing_mb", "glm_mb", "glm_checkpointing_mb"]
     rows = [[r["settings"]["training_length"], *(r["training"][key] for key in columns)] for r in records]
     header = ["tokens", "ours, MB", "with checkpointing", "GlmForCausalLM, MB", "with checkpointing"]
     return table(header, rows, records, "memory", say)
 
 
-def overhead(say):
-    records = newest("overhead", "bits", "device")
+def overhead(say, processor):
+    records = newest(processor, "overhead", "bits", "device")
     rows = [
         [weights(r["settings"]), r["settings"]["layers"], r["step_ms"], r["bare_ms"], f"{r['overhead']:.1%}"]
         for r in records
@@ -144,38 +153,36 @@ def with_head(name, settings, say):
     return f"{name}, {say('with int8 embedding and output layer')}" if settings["small_head"] else name
 
 
-SPECIAL = ("small_head", "group_size", "instructions")  # what makes a run of the quantized benchmark other than plain
+SPECIAL = ("small_head", "group_size")  # what makes a run of the quantized benchmark other than plain
 KERNELS = {"cpu": "the C kernel", "stock": "torch's own operators", "triton": "Triton", "cpm": "CUDA C"}
 
 
-def computed_by(record, run):
-    """What multiplied by the quantized weights."""
-    name = KERNELS.get(run["kernel"], run["kernel"])
-    return name + ", AVX2 alone" if record["settings"].get("instructions") else name
-
-
-def quantized_runs():
-    """The newest whole runs of the quantized benchmark, the plain ones first."""
-    records = newest("quantized", *SPECIAL, "bits", "dtype", "backends", "device")
-    records = [record for record in records if record["settings"]["layers"] == 28]
+def quantized_runs(processor):
+    """The newest whole runs of the quantized benchmark, the plain ones first; none that played another processor."""
+    records = newest(processor, "quantized", "instructions", *SPECIAL, "bits", "dtype", "backends", "device")
+    records = [r for r in records if r["settings"]["layers"] == 28 and not r["settings"].get("instructions")]
     return sorted(records, key=lambda r: ([bool(r["settings"].get(key)) for key in SPECIAL], r["settings"]["bits"]))
 
 
-def quantized(say):
-    records = quantized_runs()
+def is_plain(record):
+    return not any(map(record["settings"].get, SPECIAL))
+
+
+def quantized(say, processor):
+    records = quantized_runs(processor)
     tasks, rows = ["decode", "prefill 32", "prefill 512"], []
     for record in records:
         for run in record["runs"]:
             name = with_head(weights(run, record["settings"]["dtype"]), record["settings"], say)
             if record["settings"].get("group_size"):
                 name += f", {say('in groups of')} {record['settings']['group_size']}"
-            by = computed_by(record, run)
+            by = KERNELS.get(run["kernel"], run["kernel"])
             cells, original = [], []
             for task in tasks:
                 speed = run["tokens_per_second"][task]
                 times = speed["ratios"].get("llama.cpp")
                 cells.append(f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else ""))
-                original += [f"{speed['dequantize']:.2g}"] if "dequantize" in speed else []
+                original += [f"{speed['dequantize']:.2g}"] if "dequantize" in speed and is_plain(record) else []
             rows.append([name, say(by), *cells])
             if original:
                 rows.append([name, say(ORIGINAL), *original])
@@ -183,8 +190,8 @@ def quantized(say):
     return made and f"{made} ({say('tokens/s; x: as fast as llama.cpp')})"
 
 
-def errors(say):
-    records = [r for r in quantized_runs() if "error" in r["runs"][0] and not any(map(r["settings"].get, SPECIAL))]
+def errors(say, processor):
+    records = [r for r in quantized_runs(processor) if "error" in r["runs"][0] and is_plain(r)]
     seen = {}
     for record in records:
         for run in record["runs"]:
@@ -194,16 +201,16 @@ def errors(say):
     return table(header, rows, records, "quantized", say) if rows else ""
 
 
-def loading(say):
-    records = newest("loading")
+def loading(say, processor):
+    records = newest(processor, "loading")
     rows = rows_of(records, "bits", "peak_gb", "peak_with_a_forward_gb", "model_gb")
     rows = [[f"int{bits}" if bits else "float16", *row] for bits, *row in rows]
     header = ["weights", "peak while loading, GB", "and with a forward pass, GB", "the model, GB"]
     return table(header, rows, records, "loading", say)
 
 
-def footprint(say):
-    records = newest("footprint", "bits", "small_head", "device")
+def footprint(say, processor):
+    records = newest(processor, "footprint", "bits", "small_head", "device")
     rows = []
     for record in records:
         name = with_head(weights(record["settings"]), record["settings"], say)
@@ -212,14 +219,16 @@ def footprint(say):
     return table(header, rows, records, "footprint", say)
 
 
-def quality(say):
-    records = newest("quality")
+def quality(say, processor):
+    records = newest(processor, "quality")
     rows = rows_of(records, "weights", "cross_entropy", "divergence", "answers")
     return table(["weights", "cross entropy", "divergence", "answers"], rows, records, "quality", say)
 
 
-def matrix(say):
+def matrix(say, processor):
     path = ROOT / "tests" / "matrix.md"
+    if processor != PROCESSORS[0]:  # one table for all
+        return ""
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
@@ -253,7 +262,10 @@ NOTHING = {"Date": None, "Creator": None}  # which would change without a figure
 
 
 def pictures():
-    """results/decode.svg, prefill.svg, memory.svg: the newest runs of the small shape; and quantized.svg."""
+    """results/decode.svg, prefill.svg, memory.svg: the newest runs of the small shape; and quantized.svg.
+
+    Each shows the first of PROCESSORS that has such runs.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -261,11 +273,12 @@ def pictures():
     import matplotlib.pyplot as plt
 
     for benchmark, (x, x_name, lines, y_name) in PICTURES.items():
-        records = [
-            r for r in newest(benchmark, "shape", "compiled", "dtype", "device") if not r["settings"].get("compiled")
-        ]
-        records = [r for r in records if r["settings"]["shape"] == "small"]
-        if not records:
+        for processor in PROCESSORS:
+            records = newest(processor, benchmark, "shape", "compiled", "dtype", "device")
+            records = [r for r in records if r["settings"]["shape"] == "small" and not r["settings"].get("compiled")]
+            if records:
+                break
+        else:
             continue
         figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
         for color, record in enumerate(records):
@@ -290,11 +303,11 @@ def pictures():
 def quantized_picture(plt):
     """results/quantized.svg: tokens a second of the 6.2B shapes, by what computed them."""
     bars = {}  # (bits, weights, name) -> {task: tokens a second}
-    for record in quantized_runs():
+    records = next(filter(None, map(quantized_runs, PROCESSORS)), [])
+    for record in filter(is_plain, records):
         for run in record["runs"]:
-            if record["settings"]["small_head"] or record["settings"].get("group_size"):
-                continue
-            names = {"ours": computed_by(record, run), "llama.cpp": "llama.cpp", "dequantize": ORIGINAL}
+            kernel = KERNELS.get(run["kernel"], run["kernel"])
+            names = {"ours": kernel, "llama.cpp": "llama.cpp", "dequantize": ORIGINAL}
             for task, speed in run["tokens_per_second"].items():
                 for key in names.keys() & speed.keys():
                     place = run["bits"], weights(run, record["settings"]["dtype"]), names[key]
@@ -327,7 +340,8 @@ def pages():
         for make in MAKERS:
             key = make.__name__
             begin, end = f"<!-- {key}: made by `python benchmarks tables` -->", f"<!-- end of {key} -->"
-            made = make(lambda word: words.get(word, word))  # noqa: B023
+            made = [make(lambda word: words.get(word, word), processor) for processor in PROCESSORS]  # noqa: B023
+            made = "\n\n".join(filter(None, made))
             body = f"{begin}\n{made}\n{end}" if made else f"{begin}\n{end}"
             text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: body, text, flags=re.DOTALL)  # noqa: B023
         texts[path] = text
