@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .torch_compat import autocast_dtype, is_compiling
+from .torch_compat import autocast_dtype, is_compiling, is_watched
 
 LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the four linear layers of every block
 LIMIT = {8: 127, 4: 7}  # bits -> the largest |q|
@@ -300,7 +300,8 @@ class QuantizedLinear(Frozen, nn.Linear):
             x = x.to(dtype)
         if self.weight.is_cpu and not laid_out_by(self.weight) and not is_compiling() and not self._comes_and_goes():
             self.lay_out()
-        return op(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)
+        compute = op if is_watched(x) else quantized_linear
+        return compute(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)
 
     def _comes_and_goes(self) -> bool:
         """Whether accelerate offloads the weight: then it is brought in the released packing for each forward."""

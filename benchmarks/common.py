@@ -182,9 +182,10 @@ def peak_bytes(work, device="cpu"):
     c.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: a tensor of 1 MiB has pages of its own, which go when it goes
     c.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident_bytes("VmRSS")
+    before, files = resident_bytes("VmRSS"), resident_bytes("RssFile")
     work()
-    return resident_bytes("VmHWM") - before
+    returned = max(resident_bytes("RssFile") - files, 0)  # pages of libraries that the system had taken back meanwhile
+    return resident_bytes("VmHWM") - before - returned
 
 
 def resident_bytes(key):

@@ -22,6 +22,7 @@ from chatglm2.quantization import (
     dequantize_weight,
     pack,
     quantize_weight,
+    quantized_linear,
     reference_linear,
     unpack,
 )
@@ -30,6 +31,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 GOLDEN = Path(__file__).parent / "golden" / "quantization.safetensors"
 SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "quant_shared.safetensors"
@@ -531,6 +534,23 @@ def test_compile_takes_the_op_as_it_is():
     torch.testing.assert_close(gradient, torch.autograd.grad(network(x).sum(), x)[0])
     network.state_dict()  # puts the released packing back
     torch.testing.assert_close(compiled(x), network(x))
+
+
+def test_what_watches_a_call_is_told_by_the_op(monkeypatch):
+    """Without gradients a layer calls its kernel itself; a gradient, a trace and a mode of torch's get the op."""
+    layer, x = QuantizedLinear.from_linear(nn.Linear(64, 32), 8, backend="torch"), torch.randn(2, 64)
+    with torch.no_grad():
+        assert "quantized_linear" in str(make_fx(lambda x: layer(x))(x).graph)
+        assert "chatglm::quantized_linear" in str(torch.jit.trace(layer, x).graph)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert isinstance(layer(mode.from_tensor(x)), FakeTensor)
+    told = []
+    monkeypatch.setattr(quantization, "op", lambda *arguments: told.append(arguments) or quantized_linear(*arguments))
+    layer(x.requires_grad_())
+    assert len(told) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x.detach()), layer(x).detach())
+    assert len(told) == 2
 
 
 # ---- the layer ----
