@@ -8,14 +8,15 @@ a few tokens are multiplied in bfloat16, in groups too, whose scales it then rou
 
 import functools
 import platform
+import time
 from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
-# Up to so many tokens each way was measured to be the faster one
-FEW_PACKED = 48  # torch's int4 product; beyond, unpacking
-FEW_BFLOAT16 = 12  # bfloat16; beyond, one int8 term
+# Up to so many tokens each way was measured to be the faster one, beside fast int8 products and without them
+FEW_PACKED = {True: 48, False: 256}  # torch's int4 product; beyond, unpacking
+FEW_BFLOAT16 = {True: 12, False: 96}  # bfloat16; beyond, one int8 term, or float32
 FEW_INTEGERS = 4  # two int8 terms, where there is no bfloat16 product; beyond, one
 BLOCK = 1 << 22  # weights unpacked, or read twice, at a time; a quarter of it where they become float32
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -31,7 +32,7 @@ def unavailable(device: torch.device) -> Optional[str]:
 
 @functools.lru_cache(None)
 def multiplies_exactly(bits: int) -> bool:
-    """Whether torch multiplies int8 by int8, or by int4, fast on this CPU (torch 2.4 with oneDNN, x86), and exactly.
+    """Whether torch multiplies int8 by int8, or by int4, on this CPU (torch 2.4 with oneDNN, x86), and exactly.
 
     Without VNNI instructions oneDNN adds two products in 16 bits: int4 weights fit, large int8 ones overflow unseen.
     """
@@ -44,6 +45,25 @@ def multiplies_exactly(bits: int) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return all((y == 64 * 127 * weight[0, 0].int()).all() for y in products)
+
+
+@functools.lru_cache(None)
+def multiplies_integers(bits: int) -> bool:
+    """Whether it also pays: without VNNI torch may take plain loops, 20 times slower than float32 (the limit is 4)."""
+    if not multiplies_exactly(bits):
+        return False
+    x, weight = (torch.ones(size, dtype=torch.int8, device="cpu") for size in ((32, 256), (256, 512)))
+    return _seconds(lambda: torch._int_mm(x, weight)) < 4 * _seconds(lambda: x.float() @ weight.float())
+
+
+def _seconds(work) -> float:
+    """The shortest of five times that `work` takes."""
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 @functools.lru_cache(None)
@@ -175,7 +195,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
     """x [N, in] -> [N, out]. `weight` is in the released packing or in torch's int4 layout."""
     (n, k), out, dtype = x.shape, weight_scale.shape[0], x.dtype
     half, laid_out, weight = dtype in (torch.float16, torch.bfloat16), weight.dtype == torch.uint8, weight.contiguous()
-    if laid_out and half and 0 < n <= FEW_PACKED:
+    if laid_out and half and 0 < n <= FEW_PACKED[multiplies_integers(bits)]:
         y = _packed_product(x, weight, weight_scale)
         return (y if bias is None else y + bias.float()).to(dtype)
     even_first = bits == 4 and not laid_out
@@ -213,9 +233,10 @@ def _by_float32(x: Tensor):
 def _by_integers(x: Tensor, bits: int):
     """The fastest way for so many tokens; q is int8."""
     n, k = x.shape
-    if n <= FEW_BFLOAT16 and k % 16 == 0 and has_vector_loops():  # other k: torch reads past the rows
+    integers = multiplies_integers(bits)
+    if n <= FEW_BFLOAT16[integers] and k % 16 == 0 and has_vector_loops():  # other k: torch reads past the rows
         return _by_bfloat16(x, bits)
-    if not multiplies_exactly(bits):
+    if not integers:
         return _by_float32(x)
     return (_by_two_terms(x) if n <= FEW_INTEGERS else _by_one_term(x)), _rows(k)
 

@@ -53,8 +53,7 @@ def relative_error(y, x, weight, scale, bias, bits):
 def test_every_way_agrees_with_the_reference(way, bits, monkeypatch):
     monkeypatch.setattr(quantization_stock, "has_vector_loops", lambda: way in ("layout", "bfloat16"))
     monkeypatch.setattr(quantization_stock, "FEW_INTEGERS", 99 if way == "two integer" else 0)
-    if way == "float32":
-        monkeypatch.setattr(quantization_stock, "multiplies_exactly", lambda bits: False)
+    monkeypatch.setattr(quantization_stock, "multiplies_integers", lambda bits: way != "float32")
     for dtype in DTYPES:
         for n in (1, 3, 12):
             for outliers in (False, True):
@@ -73,7 +72,7 @@ def test_every_way_agrees_with_the_reference(way, bits, monkeypatch):
 @pytest.mark.parametrize("group_size", [None, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_layout_takes_groups_and_any_number_of_tokens(group_size, dtype):
-    for n in (0, 1, 48, 49, 70):
+    for n in (0, 1, 48, 49, 257):
         x, weight, *rest = inputs(n, 4, dtype, group_size)
         assert quantization_stock.readable(192, 512, 4, group_size)
         y = quantization_stock.linear(x, quantization_stock.to_layout(weight, 4), *rest)
@@ -127,6 +126,15 @@ def test_a_layer_first_used_under_inference_mode_can_be_trained_on(backend, bits
     with torch.inference_mode():
         layer.state_dict()  # back in the released packing
     assert torch.equal(layer(x), y) and x.grad.isfinite().all() and x.grad.any()
+
+
+@needs_products
+@pytest.mark.parametrize("factor, taken", [(0.5, True), (3, True), (20, False)])
+def test_integer_products_are_taken_where_they_pay(factor, taken, monkeypatch):
+    """Not where torch has plain loops for them, which are exact and 20 times slower than float32."""
+    seconds = iter((factor, 1))
+    monkeypatch.setattr(quantization_stock, "_seconds", lambda work: next(seconds))
+    assert quantization_stock.multiplies_integers.__wrapped__(8) is taken
 
 
 PROGRAM = """
