@@ -210,6 +210,8 @@ class ModelFallbacks:
 DTYPE = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"  # delete with 4.56
 NAMES_ATTENTION = hasattr(transformers.PretrainedConfig(), "_attn_implementation")  # delete with 4.36
 _MASK_PARAMETERS = signature(create_causal_mask).parameters
+# Its `generate` asks once whether a mask says anything, and drops it if not; with releases before, the step asks
+_ASKS_ONCE = hasattr(transformers.GenerationMixin, "_prepare_position_ids_for_generation")
 
 
 def as_dtype(name):
@@ -242,6 +244,10 @@ def cache_update_kwargs(past_key_values, length, device, cache_position=None):
 
 def causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position=None):
     """The causal mask in the form that the chosen attention takes, from a mask [B, S] of real tokens or None."""
+    own = attention_name(config) in ("sdpa", "eager") and not getattr(past_key_values, "is_compileable", False)
+    if _ASKS_ONCE and own and attention_mask is not None and attention_mask.dim() == 2 and inputs_embeds.shape[1] == 1:
+        real = attention_mask.to(inputs_embeds.device, torch.bool)  # one new token sees them all, and no GPU is asked
+        return (real | ~real.any(-1, keepdim=True))[:, None, None]  # (B, 1, 1, S); what sees nothing would give nan
     embeds = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
     kwargs = {"config": config, embeds: inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids,
               "past_key_values": past_key_values, "cache_position": cache_position}  # fmt: skip

@@ -233,6 +233,33 @@ def test_prompt_and_step_ask_no_tensor_for_a_value(make_model):
     assert cache.get_seq_length() == 7
 
 
+@torch.no_grad()
+@pytest.mark.needs_transformers("5.23.0", "a generate that drops masks which say nothing")
+def test_a_step_behind_padding_asks_no_tensor_for_a_value(make_model, monkeypatch):
+    """generate asks the mask of a padded batch before its first step and in the prompt, and never again."""
+    model, asked, ask = make_model(), [], torch.Tensor.__bool__
+    ids = some_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    steps = []
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: asked.append(len(steps)) or ask(tensor))
+    forward = model.transformer.forward
+
+    def counted(*args, **kwargs):
+        steps.append(None)
+        asked.clear()
+        outputs = forward(*args, **kwargs)
+        assert len(steps) == 1 or not asked, "forward asked a tensor for its value"
+        return outputs
+
+    monkeypatch.setattr(model.transformer, "forward", counted)
+    padded = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert len(steps) == 6
+    monkeypatch.undo()
+    alone = model.generate(ids[:1, 3:], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(padded[:1, 3:], alone)
+
+
 # What forward returns
 
 
