@@ -5,7 +5,7 @@ asked for by its name or its signature; version numbers stand in sentences only.
 """
 
 from functools import partial
-from inspect import signature
+from inspect import signature, unwrap
 
 import torch
 import transformers
@@ -210,8 +210,8 @@ class ModelFallbacks:
 DTYPE = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"  # delete with 4.56
 NAMES_ATTENTION = hasattr(transformers.PretrainedConfig(), "_attn_implementation")  # delete with 4.36
 _MASK_PARAMETERS = signature(create_causal_mask).parameters
-# Its `generate` asks once whether a mask says anything, and drops it if not; with releases before, the step asks
-_ASKS_ONCE = hasattr(transformers.GenerationMixin, "_prepare_position_ids_for_generation")
+# Its `generate` asks once whether a mask says anything, and drops it if not (5.23); with releases before, the step asks
+_ASKS_ONCE = "_mask_length" in unwrap(transformers.GenerationMixin.generate).__code__.co_names
 
 
 def as_dtype(name):
