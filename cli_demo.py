@@ -9,6 +9,7 @@ Piped input is answered line by line: echo 你好 | python cli_demo.py
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -127,29 +128,39 @@ def write(text):
 
 
 def talk(conversation, read_line, interactive):
-    """Answer line after line until `stop`, or the end of the input."""
-    while True:
+    """Answer line after line until `stop`, or the end of the input.
+
+    In a terminal Ctrl-C ends an answer, or drops the line that is being typed; of a pipe it ends the program.
+    """
+    going = True
+    while going:
         try:
-            query = read_line()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if query.strip() == "stop":
-            return
-        if query.strip() == "clear":
-            conversation.clear()
-            continue
-        if not query.strip():
-            continue
-        try:
-            for piece in conversation.answer(query):
-                write(piece)
+            going = take_turn(conversation, read_line, interactive)
         except KeyboardInterrupt:
-            write(" …" if interactive else "")
+            if not interactive:
+                raise SystemExit(130) from None  # what a shell makes of SIGINT
+            write(" … (`stop` leaves)\n")
+
+
+def take_turn(conversation, read_line, interactive):
+    """Answer one line; False where it was the last."""
+    try:
+        query = read_line().strip()
+    except EOFError:
+        return False
+    if query == "clear":
+        conversation.clear()
+    elif query and query != "stop":
+        try:
+            with contextlib.closing(conversation.answer(query)) as pieces:
+                for piece in pieces:
+                    write(piece)
         except ValueError as error:  # a conversation that has become too long, for example
             if not interactive:
                 raise SystemExit(str(error)) from error
             write(f"{error}\n(`clear` starts a new conversation.)")
         write("\n")
+    return query != "stop"
 
 
 def main(arguments=None):

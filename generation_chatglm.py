@@ -21,16 +21,17 @@ class Closed(Exception):
 
 
 class StepStreamer(BaseStreamer):
-    """Hands out what `generate` puts, and lets it go on only when more is asked for."""
+    """Hands out what `generate` puts, and lets it go on only when more is asked for.
+
+    Both ways are SimpleQueues: unlike a Semaphore, none can be left locked by a Ctrl-C at the wrong moment.
+    """
 
     def __init__(self):
         self.outbox = queue.SimpleQueue()
-        self.wanted = threading.Semaphore(0)
-        self.closed = False
+        self.wanted = queue.SimpleQueue()  # of bool: whether there is still a consumer
 
     def wait(self):
-        self.wanted.acquire()
-        if self.closed:
+        if not self.wanted.get():
             raise Closed
 
     def put(self, value):
@@ -44,8 +45,9 @@ class StepStreamer(BaseStreamer):
 def stream(generate, device):
     """Iterate over what `generate(streamer=...)` puts: the prompt's ids [B, T], then the ids of each step.
 
-    `generate` runs in a thread of its own, in turns with the consumer: never both at once. Closing the iterator ends
-    the thread after the step in progress; an exception in the thread is raised to the consumer.
+    `generate` runs in a thread of its own, in turns with the consumer: never both at once. Closing the iterator, or a
+    Ctrl-C wherever it lands, ends the thread after the step in progress; an exception in the thread is raised to the
+    consumer.
     """
     streamer, finished = StepStreamer(), object()
     inherited = thread_state(device)
@@ -63,10 +65,10 @@ def stream(generate, device):
             streamer.outbox.put(finished)
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
-    thread.start()
     try:
+        thread.start()
         while True:
-            streamer.wanted.release()
+            streamer.wanted.put(True)
             item = streamer.outbox.get()
             if item is finished:
                 return
@@ -74,9 +76,9 @@ def stream(generate, device):
                 raise item
             yield item
     finally:
-        streamer.closed = True
-        streamer.wanted.release()
-        thread.join()
+        streamer.wanted.put(False)
+        if thread.is_alive():  # not so where start() itself was interrupted
+            thread.join()
 
 
 def thread_state(device):

@@ -3,10 +3,12 @@
 import copy
 import gc
 import json
+import sys
 import threading
 
 import pytest
 import torch
+from chatglm2.generation_chatglm import stream
 from chatglm2.transformers_compat import DynamicCache
 from conftest import SHARED
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -142,6 +144,52 @@ def test_an_exception_in_generation_reaches_the_consumer(make_model):
             make_model().stream_generate(torch.tensor([[7]]), logits_processor=LogitsProcessorList([Fails()]), **GREEDY)
         )
     assert threads() == before
+
+
+def test_an_interrupt_wherever_it_lands_never_hangs():
+    """A Ctrl-C at any instruction of the consumer's, in what it calls too, comes out and leaves no lock behind."""
+    spared = {method.__code__ for method in (threading.Thread.start, threading.Thread.join, threading.Thread.is_alive)}
+
+    def generate(streamer):
+        streamer.put(1)
+        streamer.put(2)
+
+    def consume(instruction):
+        """What the consumer got, or None after an interrupt before that instruction of its own."""
+        got, passed = [], 0
+
+        def trace(frame, event, argument):
+            nonlocal passed
+            callers, caller = [frame], frame
+            while caller and caller.f_code is not stream.__code__:
+                caller = caller.f_back
+                callers.append(caller)
+            if caller is None or spared & {c.f_code for c in callers}:  # those lock what all threads share
+                return None
+            frame.f_trace_opcodes = True
+            passed += event == "opcode"
+            if event == "opcode" and passed == instruction:
+                raise KeyboardInterrupt
+            return trace
+
+        def run():
+            nonlocal got
+            sys.settrace(trace)
+            try:
+                got += stream(generate, torch.device("cpu"))
+            except KeyboardInterrupt:
+                got = None
+
+        consumer = threading.Thread(target=run, daemon=True)
+        consumer.start()
+        consumer.join(20)
+        assert not consumer.is_alive(), f"interrupted at instruction {instruction}, it waits for ever"
+        return got
+
+    instruction = 1
+    while consume(instruction) is None:
+        instruction += 1
+    assert consume(instruction) == [1, 2] and instruction > 50
 
 
 def test_beams_cannot_be_streamed(make_model):

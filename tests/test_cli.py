@@ -1,6 +1,8 @@
 """cli_demo.py as a person runs it: piped, and in a terminal."""
 
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -48,35 +50,70 @@ def test_what_is_wrong_with_a_folder_is_one_message(tmp_path):
     assert done.returncode == 1 and "(500 bytes) is not a SentencePiece model" in error and "Traceback" not in error
 
 
-def test_a_terminal_session(tmp_path):
-    """In a terminal: rounds, `clear`, `stop`, and Ctrl-C, which ends an answer and not the program."""
-    pty = pytest.importorskip("pty", reason="a terminal needs a POSIX system")
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(COMMAND[0], COMMAND, {**ENVIRONMENT, "TERM": "dumb"})
+IN_A_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # standard input becomes what Ctrl-C is typed into
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_terminal_session():
+    """In a terminal: rounds, `clear`, `stop`, and Ctrl-C, which ends an answer or drops a line, and not the program."""
+    pytest.importorskip("termios", reason="a terminal needs a POSIX system")
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, *COMMAND],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        env={**ENVIRONMENT, "TERM": "dumb"},
+        start_new_session=True,
+    )
+    os.close(end)
     shown = b""
+
+    def type_in(text):
+        os.write(terminal, text.encode())
 
     def read_until(text):
         nonlocal shown
-        end = time.time() + 60
+        deadline = time.monotonic() + 60
         while text.encode() not in shown:
-            assert time.time() < end, shown.decode(errors="replace")
+            ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"{text!r} does not come: {shown.decode(errors='replace')}"
             shown += os.read(terminal, 4096)
         shown = shown.split(text.encode(), 1)[1]
 
     try:
         read_until("> ")
-        os.write(terminal, "你好\n".encode())
+        type_in("你好\n")
         read_until("很高兴和你聊天。")
         read_until("> ")
-        os.write(terminal, "clear\n讲个笑话\n".encode())
+        type_in("clear\n讲个笑话\n")
         read_until("闹钟")
-        os.write(terminal, b"\x03")
+        type_in("\x03")
+        read_until("\n> ")
+        type_in("讲\x03")
+        read_until("`stop` leaves")
         read_until("> ")
-        os.write(terminal, "clear\n你好\n".encode())
+        type_in("clear\n你好\n")
         read_until("很高兴和你聊天。")
         read_until("> ")
-        os.write(terminal, b"stop\n")
-        assert os.waitpid(pid, 0)[1] == 0
+        type_in("stop\n")
+        assert process.wait(timeout=60) == 0
     finally:
+        process.kill()
+        process.wait()
         os.close(terminal)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT to another process needs a POSIX system")
+def test_an_interrupt_of_a_pipe_ends_the_program():
+    """SIGINT while it reads a pipe: no more answers, no traceback, and a shell's 130."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(COMMAND, env=ENVIRONMENT, **pipes) as process:
+        process.stdin.write("你好\n".encode())
+        process.stdin.flush()
+        assert process.stdout.readline().decode() == f"{HELLO}\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"") and process.returncode == 130
