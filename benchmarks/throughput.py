@@ -1,12 +1,17 @@
-"""Tokens a second of `generate` on left-padded batches, beside transformers' GlmForCausalLM on the same tensors.
+"""Tokens a second of left-padded batches and of continuous batching, beside GlmForCausalLM on the same tensors.
 
-Rows of a batch are from half of --length to all of it; every row generates --new tokens.
+Rows of a batch are from half of --length to all of it; every row generates --new tokens. Padded, they go through
+`generate` together; continuous batching (`generate_batch`) takes them without padding, on pages of one cache.
 """
 
 import statistics
+from functools import partial
 
 import torch
 from common import contenders, in_turns, machine, model_arguments, random_model, ratio, record
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+PAGE = 256  # tokens
 
 
 def arguments(parser):
@@ -26,19 +31,43 @@ def batch_of(size, length, device):
     return (ids * mask).to(device), mask.to(device)
 
 
+def padded(model, ids, mask, config):
+    ids = model.generate(ids, attention_mask=mask, generation_config=config)
+    assert ids.shape[1] == mask.shape[1] + config.max_new_tokens
+
+
+def continuous(model, ids, mask, config):
+    prompts = [row[held.bool()].tolist() for row, held in zip(ids, mask)]
+    pages = len(prompts) * -(-(ids.shape[1] + config.max_new_tokens) // PAGE)
+    # by itself it takes most of the memory for its cache, and goes through all of that
+    pool = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages + 2, max_batch_tokens=512)
+    results = model.generate_batch(prompts, config, continuous_batching_config=pool, progress_bar=False)
+    assert all(len(result.generated_tokens) == config.max_new_tokens for result in results.values())
+
+
 def run(args):
     dtype = getattr(torch, args.dtype)
     model = random_model(args.shape, dtype, args.device, args.layers)
     limits, rows = machine(dtype, args.device), []
     models = contenders(model)
-    settings = {"min_new_tokens": args.new, "max_new_tokens": args.new, "do_sample": False, "pad_token_id": 0}
+    config = GenerationConfig(
+        max_new_tokens=args.new, do_sample=False, pad_token_id=0, eos_token_id=1 << 20
+    )  # none ends early
     for size in args.batches:
         ids, mask = batch_of(size, args.length, args.device)
         works = {
-            name: lambda model=model, ids=ids, mask=mask: model.generate(ids, attention_mask=mask, **settings)
+            (way, name): partial(way, model, ids, mask, config)
+            for way in (padded, continuous)
             for name, model in models.items()
         }
         times = in_turns(works, args.rounds, args.device)
-        rate = {name: round(size * args.new / statistics.median(record), 1) for name, record in times.items()}
-        rows.append({"batch": size, "ours": rate["ours"], "glm": rate["glm"], "ratio": ratio(times)})
+        row = {"batch": size}
+        for way, ours, glm, faster in (
+            (padded, "ours", "glm", "ratio"),
+            (continuous, "continuous", "glm_continuous", "continuous_ratio"),
+        ):
+            seconds = {name: times[way, name] for name in models}
+            row[ours], row[glm] = (round(size * args.new / statistics.median(seconds[name]), 1) for name in seconds)
+            row[faster] = ratio(seconds)
+        rows.append(row)
     record("throughput", args, limits, rows=rows)
