@@ -162,6 +162,7 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.num_groups = config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_groups  # the attention interface's name for H / G
+        self.interleaved = not config.multi_query_attention
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.query_key_value = nn.Linear(
@@ -175,7 +176,7 @@ class SelfAttention(nn.Module):
         B, T, _ = x.shape
         heads, groups = self.num_heads, self.num_groups
         mixed = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 G, D)
-        if not self.config.multi_query_attention:  # rows interleaved per head: q, k, v of head 0, of head 1, ...
+        if self.interleaved:  # rows per head: q, k, v of head 0, of head 1, ...
             mixed = mixed.unflatten(2, (heads, 3)).transpose(2, 3).flatten(2, 3)
         rotated = rotate(mixed[:, :, : heads + groups], *rotary)  # query and key in one go
         query, key = rotated.transpose(1, 2).split((heads, groups), dim=1)  # (B, H, T, D), (B, G, T, D)
@@ -226,11 +227,15 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def forward(self, x, dtype, rotary, attention_mask, **kwargs):
         normed = self.input_layernorm(x)
         update, weights = self.self_attention(normed.to(dtype), rotary, attention_mask, **kwargs)
-        x = (normed if self.residual_after_norm else x) + self.dropout(update)
+        x = self.add(x, normed, update)
         del update  # or it stays through the MLP
         normed = self.post_attention_layernorm(x)
-        x = (normed if self.residual_after_norm else x) + self.dropout(self.mlp(normed.to(dtype)))
-        return x, weights  # (B, T, C), (B, H, T, S) or None
+        return self.add(x, normed, self.mlp(normed.to(dtype))), weights  # (B, T, C), (B, H, T, S) or None
+
+    def add(self, x, normed, update):
+        if self.training:  # the module does nothing else, and each call counts in a decode step
+            update = self.dropout(update)
+        return (normed if self.residual_after_norm else x) + update  # (B, T, C)
 
 
 class Encoder(nn.Module):

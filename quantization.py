@@ -298,24 +298,25 @@ class QuantizedLinear(Frozen, nn.Linear):
         dtype = autocast_dtype(x.device.type)
         if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:  # as autocast treats nn.Linear
             x = x.to(dtype)
-        if self.weight.is_cpu and not laid_out_by(self.weight) and not is_compiling() and not self._comes_and_goes():
-            self.lay_out()
+        weight = self.weight  # one reading: nn.Module takes a microsecond for it, and many behind cold caches
+        if weight.is_cpu and not laid_out_by(weight) and not is_compiling() and not self._comes_and_goes():
+            weight = self.lay_out()
         compute = op if is_watched(x) else quantized_linear
-        return compute(x, self.weight, self.weight_scale, self.bias, self.bits, self.backend)
+        return compute(x, weight, self.weight_scale, self.bias, self.bits, self.backend)
 
     def _comes_and_goes(self) -> bool:
         """Whether accelerate offloads the weight: then it is brought in the released packing for each forward."""
         hook = getattr(self, "_hf_hook", None)
         return any(getattr(hook, "offload", False) for hook in getattr(hook, "hooks", (hook,)))
 
-    def lay_out(self) -> None:
-        """Put the weight into the layout that its kernel reads, where it has one of its own."""
+    def lay_out(self) -> Tensor:
+        """Put the weight into the layout that its kernel reads, where it has one of its own, and return it."""
         weight = self.weight  # one reading: another thread may be here, too
-        if not laid_out_by(weight):
-            kernel = family(choose(self.backend, weight.device))
-            laid_out = kernel.laid_out(weight, self.in_features, self.bits, self.group_size)
-            if laid_out is not weight:
-                self._replace_weight(laid_out)
+        if laid_out_by(weight):
+            return weight
+        kernel = family(choose(self.backend, weight.device))
+        laid_out = kernel.laid_out(weight, self.in_features, self.bits, self.group_size)
+        return weight if laid_out is weight else self._replace_weight(laid_out)
 
     @torch.inference_mode(False)
     def _release(self) -> Tensor:
