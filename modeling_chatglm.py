@@ -233,7 +233,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         return self.add(x, normed, self.mlp(normed.to(dtype))), weights  # (B, T, C), (B, H, T, S) or None
 
     def add(self, x, normed, update):
-        if self.training:  # the module does nothing else, and each call counts in a decode step
+        if self.dropout.training:  # it does nothing else, and each call counts in a decode step
             update = self.dropout(update)
         return (normed if self.residual_after_norm else x) + update  # (B, T, C)
 

@@ -607,3 +607,17 @@ def test_model_without_head_is_the_same_network(make_model):
     body.load_state_dict(model.transformer.state_dict())
     with torch.no_grad():
         assert torch.equal(body(ids).last_hidden_state, model.transformer(ids).last_hidden_state)
+
+
+def test_dropout_acts_where_its_module_trains(make_model):
+    """In training, and where a caller trains the dropout modules alone, to sample answers; never in evaluation."""
+    model, ids = make_model(hidden_dropout=0.5), torch.tensor([[7, 8, 9]])
+
+    def same():
+        with torch.no_grad():
+            return torch.equal(model(ids).logits, model(ids).logits)
+
+    assert same() and not (model.train() and same())
+    for block in model.eval().transformer.encoder.layers:
+        block.dropout.train()
+    assert not same()
