@@ -50,9 +50,8 @@ def run(args):
     model = random_model(args.shape, dtype, args.device, args.layers)
     limits, rows = machine(dtype, args.device), []
     models = contenders(model)
-    config = GenerationConfig(
-        max_new_tokens=args.new, do_sample=False, pad_token_id=0, eos_token_id=1 << 20
-    )  # none ends early
+    endless = {"eos_token_id": 1 << 20, "pad_token_id": 0}  # an id that the model does not have
+    config = GenerationConfig(max_new_tokens=args.new, do_sample=False, **endless)
     for size in args.batches:
         ids, mask = batch_of(size, args.length, args.device)
         works = {

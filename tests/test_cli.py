@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, import_file
 
 HELLO = "你好！我是一个很小的 ChatGLM2 演示模型，很高兴和你聊天。"
 COMMAND = [sys.executable, str(ROOT / "cli_demo.py"), "--device", "cpu", "--temperature", "0"]
@@ -58,7 +58,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def test_a_terminal_session():
-    """In a terminal: rounds, `clear`, `stop`, and Ctrl-C, which ends an answer or drops a line, and not the program."""
+    """In a terminal: rounds, `clear`, `stop`, and Ctrl-C, which ends an answer and not the program."""
     pytest.importorskip("termios", reason="a terminal needs a POSIX system")
     terminal, end = os.openpty()
     process = subprocess.Popen(
@@ -92,8 +92,6 @@ def test_a_terminal_session():
         type_in("clear\n讲个笑话\n")
         read_until("闹钟")
         type_in("\x03")
-        read_until("\n> ")
-        type_in("讲\x03")
         read_until("`stop` leaves")
         read_until("> ")
         type_in("clear\n你好\n")
@@ -105,6 +103,26 @@ def test_a_terminal_session():
         process.kill()
         process.wait()
         os.close(terminal)
+
+
+def test_an_interrupt_at_the_prompt_drops_the_line(capsys):
+    """Ctrl-C while a line is typed, or just as an answer ends: the conversation goes on, up to `stop`."""
+    asked, lines = [], iter([KeyboardInterrupt, "你好", KeyboardInterrupt, "stop", "再见"])
+
+    def read_line():
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    class Conversation:
+        def answer(self, query):
+            asked.append(query)
+            yield "你好！"
+
+    import_file(ROOT / "cli_demo.py").talk(Conversation(), read_line, interactive=True)
+    assert asked == ["你好"] and next(lines) == "再见"
+    assert capsys.readouterr().out == " … (`stop` leaves)\n你好！\n … (`stop` leaves)\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT to another process needs a POSIX system")
