@@ -96,7 +96,8 @@ def run_tests(python, tests, home):
     with open(home / "pytest.txt", "w") as log:
         subprocess.run([*command, *tests], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if not report.exists():
-        raise RuntimeError(f"pytest did not get to its end: {Path(log.name).read_text(encoding='utf-8')[-3000:]}")
+        end = Path(log.name).read_text(encoding="utf-8", errors="replace")[-3000:]
+        raise RuntimeError(f"pytest did not get to its end: see {log.name}, which ends with\n{end}")
 
 
 def read_report(home):
