@@ -1,0 +1,92 @@
+"""The GPU kernels and the model on a real card; skipped where there is none. tests/test_quantization_cuda.py covers the rest."""
+
+import pytest
+import torch
+
+from chatglm2 import quantization_cpm, quantization_triton
+from chatglm2.modeling_chatglm import eager_attention, sdpa_attention
+from chatglm2.quantization import QuantizedLinear
+from test_quantization_cuda import CASES, CUDA, FLOAT32_SUM, HALF_ULP, error, make
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def on_card(arguments):
+    return [a.to(CUDA) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def tolerance(rows, dtype, group):
+    """Grouped weights are rounded to x's dtype before `tl.dot`; tensor cores cut float32 sums off at some 2^-18."""
+    return 2 * HALF_ULP[dtype] if group and rows > 1 else 4 * FLOAT32_SUM
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "configuration" not in name])
+def test_triton_linear(name, monkeypatch):
+    case = CASES[name]
+    rows, columns, out, bits, dtype, group, bias = case["shape"]
+    dtype = getattr(torch, dtype)
+    if splits := case.get("splits"):
+        monkeypatch.setattr(quantization_triton, "programs_wanted", lambda device: splits * 11)
+    arguments = make(rows, columns, out, bits, dtype, group, bias)
+    y = quantization_triton.linear(*on_card(arguments))
+    again = quantization_triton.linear(*on_card(arguments))
+    assert y.dtype == dtype and torch.equal(y, again)
+    assert error(y.cpu(), *arguments, ulps=1 if dtype == torch.bfloat16 else 0.5) < tolerance(rows, dtype, group)
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("rows", (1, 2, 5, 16, 17, 100, 300))
+@pytest.mark.parametrize("out, columns", ((4608, 4096), (4096, 13696)))
+def test_triton_linear_at_the_shapes_of_6b(bits, rows, out, columns):
+    arguments = make(rows, columns, out, bits, torch.float16)
+    y = quantization_triton.linear(*on_card(arguments))
+    assert error(y.cpu(), *arguments) < 4 * FLOAT32_SUM
+
+
+@pytest.mark.parametrize("rows", (1, 3, 13, 17))
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("group", (None, 32))
+def test_cpm_linear(rows, bits, dtype, group):
+    reason = quantization_cpm.unavailable(CUDA)
+    if reason:
+        pytest.skip(reason)
+    arguments = make(rows, 416, 37, bits, dtype, group)
+    y = quantization_cpm.linear(*on_card(arguments))
+    assert error(y.cpu(), *arguments) < (FLOAT32_SUM * 4 if rows <= 16 else 2 * HALF_ULP[dtype])
+
+
+@pytest.mark.parametrize("backend", ("triton", "cpm"))
+def test_layer_replays_in_a_cuda_graph(backend):
+    family = {"triton": quantization_triton, "cpm": quantization_cpm}[backend]
+    if reason := family.unavailable(CUDA):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(512, 256, device=CUDA, dtype=torch.float16)
+    layer = QuantizedLinear.from_linear(linear, 4, backend=backend)
+    x = torch.randn(1, 512, device=CUDA, dtype=torch.float16)
+    with torch.inference_mode():
+        for _ in range(3):
+            layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("length, seen", ((1, 700), (5, 700), (128, 0), (1, 0)))
+def test_sdpa_is_eager(dtype, length, seen):
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    total = length + seen
+    query = torch.randn(2, 32, length, 128, device=CUDA)
+    key, value = (torch.randn(2, 2, total, 128, device=CUDA) for _ in range(2))
+    mask = torch.ones(length, total, dtype=torch.bool, device=CUDA).tril(seen)[None, None]
+    wanted, _ = eager_attention(module, query, key, value, mask, 128**-0.5)
+    reference, _ = eager_attention(module, query.to(dtype), key.to(dtype), value.to(dtype), mask, 128**-0.5)
+    given = None if length == 1 or not seen else mask
+    got, _ = sdpa_attention(module, query.to(dtype), key.to(dtype), value.to(dtype), given, 128**-0.5)
+    assert (got - wanted).norm() <= 2 * (reference - wanted).norm()
