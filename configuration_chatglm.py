@@ -1,13 +1,16 @@
 """Configuration of ChatGLM2: every key of the released `config.json`, and the standard names that tools read."""
 
+from typing import TYPE_CHECKING
+
 from transformers import PretrainedConfig
 
-from .serving_chatglm import lend_architectures
+from .transformers_compat import register_for_serve
+
+if TYPE_CHECKING:  # the Hugging Face loader copies the files that are imported here, and not what those import in turn
+    from .torch_compat import is_compiling  # noqa: F401
 
 ROPE_RATIO_TYPES = ("linear", "base")
 QUANTIZATION_BITS = (0, 4, 8)
-
-lend_architectures()
 
 
 class ChatGLMConfig(PretrainedConfig):
@@ -47,7 +50,7 @@ class ChatGLMConfig(PretrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     use_cache = True
     attribute_map = {
         "num_hidden_layers": "num_layers",
@@ -151,6 +154,7 @@ class ChatGLMConfig(PretrainedConfig):
             **kwargs,
         )
         self._check()
+        register_for_serve(("ChatGLMModel", "ChatGLMForConditionalGeneration"))
 
     @property
     def num_key_value_heads(self):

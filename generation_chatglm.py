@@ -4,14 +4,16 @@ import contextlib
 import contextvars
 import queue
 import threading
+import warnings
 from functools import partial
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from .attention_chatglm import KEYWORDS, causal_mask
 from .torch_compat import autocast_dtype
-from .transformers_compat import PREPARES_INPUTS, DynamicCache, crop_cache
+from .transformers_compat import CACHE, DynamicCache, crop_cache, is_static, take_cache
 
 # From generate's pushing to an iterator's pulling
 
@@ -98,6 +100,8 @@ def thread_state(device):
     return inherited
 
 
+# what `generate` hands on to `forward` besides the attention's keywords
+FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
 PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # what the released models write for the date of their training
 
 
@@ -202,7 +206,7 @@ class ChatMixin:
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
         cache = DynamicCache() if past_key_values is None and return_past_key_values else past_key_values
         if cache is not None:
-            settings["past_key_values"] = cache
+            settings["cache"] = cache
 
         def handed_out(text):
             result = (text, [*history, (query, text)])
@@ -320,8 +324,9 @@ class ChatMixin:
         """
         new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
         self._check_room(input_ids.shape[1], new or 0)
-        if return_past_key_values and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = DynamicCache()
+        cache = take_cache(kwargs)
+        if return_past_key_values and cache is None:
+            cache = DynamicCache()
         if "streamer" in kwargs:
             raise ValueError("stream_generate is the stream: leave out the streamer, or give it to generate.")
         generate = partial(
@@ -331,49 +336,83 @@ class ChatMixin:
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            cache=cache,
             **kwargs,
         )
         with contextlib.closing(stream(generate, self._input_device())) as steps:
             ids = next(steps).to(input_ids.device)
             for step in steps:
                 ids = torch.cat((ids, step.to(ids.device).view(len(ids), -1)), dim=1)
-                yield (ids, kwargs["past_key_values"]) if return_past_key_values else ids
+                yield (ids, cache) if return_past_key_values else ids
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        cache=None,
+        position_ids=None,
+        cache_position=None,
+        next_sequence_length=None,
+        is_first_iteration=None,
+        **kwargs,
     ):
-        """As in transformers, but for positions that no longer match, and for the prefix of P-Tuning.
+        """What `forward` gets at a step of `generate`.
 
-        Some releases hand the prompt's own `position_ids` to every step, and none knows that a cache begins with a
-        prefix; then the positions and the ids to feed are derived from the mask and from the cache.
+        Args:
+            input_ids: int [B, n]: all ids so far, or those of one part of a long prompt.
+            cache, past_key_values: two names of the cache; a Cache is taken for it under any other name, too.
+            attention_mask: [B, S], or None where all tokens are real.
+            next_sequence_length: how many tokens are new, from transformers 5 on; before, `cache_position` [T] has as
+                many places, and earlier yet the cache and the mask tell.
+
+        Raises:
+            ValueError: the step would get neither the cache nor the whole prompt, and so compute other ids.
         """
-        position_ids = kwargs.get("position_ids")
-        if position_ids is not None and position_ids.shape[1] < input_ids.shape[1]:
-            kwargs["position_ids"] = None
-        if PREPARES_INPUTS and not self.config.pre_seq_len:
-            return super().prepare_inputs_for_generation(
-                input_ids,
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                **kwargs,
+        cache = take_cache(kwargs, cache, past_key_values)
+        masked = attention_mask is not None and attention_mask.dim() == 2
+        seen = None if is_static(cache) else self.transformer.count_cached_tokens(cache)  # not asked of a static cache
+        embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+        first = is_first_iteration
+        if first is None:
+            first = not seen if seen is not None else cache_position is not None and len(cache_position) == embedded
+        given = embedded if embedded and first else input_ids.shape[1]
+        if seen is not None and (masked or self.config.pre_seq_len):  # generate does not count a prefix
+            new = (attention_mask.shape[1] if masked else given if first else given + embedded) - seen
+        elif next_sequence_length is not None:
+            new = next_sequence_length
+        else:
+            new = given if cache_position is None else cache_position.shape[0]
+        total = attention_mask.shape[1] if masked else None if seen is None else seen + new
+        if new < 1 or total is not None and given not in (new, total, total - embedded):
+            raise ValueError(
+                f"A step of generate got {given} ids, {new} of them new, and a cache of {seen} tokens: it needs the "
+                "cache or the whole prompt. (prefill_chunk_size does not go with the prefix of P-Tuning.)"
             )
-        seen = self.transformer.count_cached_tokens(past_key_values)
-        if inputs_embeds is not None and not seen:
-            inputs = {"inputs_embeds": inputs_embeds}
-        else:  # counted from the end: ids do not always begin with the prompt, the mask does
-            embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
-            total = input_ids.shape[1] + embedded if attention_mask is None else attention_mask.shape[1]
-            inputs = {"input_ids": input_ids[:, seen - total :]}
-            if seen >= total:
-                raise ValueError("prefill_chunk_size does not go with the prefix of P-Tuning: leave it out.")
-        return {
-            **inputs,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": kwargs.get("use_cache"),
-            "logits_to_keep": kwargs.get("logits_to_keep", 0),
-        }
+        if embedded and first:
+            inputs = {"inputs_embeds": inputs_embeds[:, -new:]}
+        else:
+            inputs = {"input_ids": input_ids[:, -new:]}
+
+        if position_ids is not None:  # some releases hand the prompt's own to every step
+            places, alone = position_ids.shape[1], new == input_ids.shape[1] and not embedded
+            fits = total is None or places == total or (places == new and alone)
+            position_ids = position_ids[:, -new:] if fits and not self.config.pre_seq_len else None
+        if is_static(cache):  # the same shapes and strides at every step, so that it is compiled once
+            x = torch.empty(input_ids.shape[0], new, 0, dtype=self.dtype, device=input_ids.device)
+            if position_ids is None:
+                position_ids = self.transformer.default_positions(attention_mask, cache.get_seq_length(), x)
+            attention_mask = causal_mask(self.config, x, attention_mask, cache, cache_position=cache_position)
+            position_ids = position_ids.clone(memory_format=torch.contiguous_format)
+            inputs = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
+        unknown = [name for name in kwargs if name not in KEYWORDS and name not in FORWARDED]
+        if unknown:
+            warnings.warn(f"generate gave the model {', '.join(unknown)}, which ChatGLM2 does not know", stacklevel=2)
+        inputs.update({CACHE: cache, "attention_mask": attention_mask, "position_ids": position_ids})
+        if cache_position is not None:
+            inputs["cache_position"] = cache_position
+        return {**inputs, **{name: value for name, value in kwargs.items() if name not in unknown}}
 
 
 def without_half_placeholder(text):

@@ -3,46 +3,45 @@
 Shapes stand at line ends:
     B batch, T new tokens, S cached and new tokens, C hidden channels, V vocabulary,
     H query heads, G key/value groups, D channels of a head, R = D / 2 rotated channels, P prefix tokens.
-
-Hugging Face's loader copies the siblings that this file names, and not what those name in turn. So that it finds the
-kernels of `quantization`, and what `configuration_chatglm` needs, they stand here, where it reads too:
-    from .quantization_cpm import linear
-    from .quantization_cpu import linear
-    from .quantization_cpu_source import source
-    from .quantization_stock import linear
-    from .quantization_triton import linear
-    from .serving_chatglm import lend_architectures
 """
 
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
 
-from .cache_chatglm import give_room
+from .attention_chatglm import causal_mask, check_keywords, choose_attention
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatMixin
 from .quantization import quantize
 from .quantization_loading import float_weights  # importing it registers quant_method "chatglm"
 from .torch_compat import rms_norm
 from .transformers_compat import (
-    ALL_ATTENTION_FUNCTIONS,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     DynamicCache,
     GenerationMixin,
     GradientCheckpointingLayer,
     ModelFallbacks,
+    SequenceClassifierOutputWithPast,
     attention_name,
-    cache_update_kwargs,
-    causal_mask,
+    cache_kwargs,
+    grow_in_place,
+    is_paged,
+    is_static,
+    take_cache,
+    update_paged,
 )
+
+if TYPE_CHECKING:  # the Hugging Face loader copies the files that are imported here, and not what those import in turn
+    from .quantization_cpm import linear as linear_cpm  # noqa: F401
+    from .quantization_cpu import linear as linear_cpu  # noqa: F401
+    from .quantization_cpu_source import source  # noqa: F401
+    from .quantization_stock import linear as linear_stock  # noqa: F401
+    from .quantization_triton import linear as linear_triton  # noqa: F401
 
 # Rotary position embedding (Su et al., 2021, arXiv:2104.09864), over the first half of a head's channels
 
@@ -98,59 +97,6 @@ def make_norm(config):
     return norm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
-# Attention back ends: one signature, that of transformers' attention interface
-
-
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The reference in plain torch; the only one that returns the weights.
-
-    Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask (B, 1, T, S), additive or boolean, or None.
-    Returns: output (B, T, H, D), weights (B, H, T, S).
-    """
-    query = query.unflatten(1, (key.shape[1], -1))  # (B, G, H / G, T, D)
-    scores = query @ key[:, :, None].transpose(-1, -2) * scaling  # (B, G, H / G, T, S)
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, :, None, :, : key.shape[2]]
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, dropout, module.training)
-    output = (weights @ value[:, :, None]).flatten(1, 2)  # (B, H, T, D)
-    return output.transpose(1, 2), weights.flatten(1, 2)
-
-
-def sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
-    """torch's fused attention, without copying G key/value groups out to H heads.
-
-    Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask boolean, True where a query may look, or None
-        for causal; scaling is torch's own, D^-0.5. Returns: output (B, T, H, D), None.
-    """
-    dtype = query.dtype
-    if dtype == torch.float16 and query.device.type == "cpu":  # there torch's attention takes twice as long in float16
-        query, key, value = query.float(), key.float(), value.float()
-    if attention_mask is not None and attention_mask.is_floating_point():  # a caller's own, of four dimensions
-        attention_mask = attention_mask.to(query.dtype)
-    length, group_size = query.shape[2], query.shape[1] // key.shape[1]
-    causal = attention_mask is None and length > 1 and is_causal is not False
-    if causal:
-        key, value = key[:, :, :length], value[:, :, :length]  # an empty static cache is longer than the prompt
-    attend = partial(F.scaled_dot_product_attention, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal)
-    if group_size == 1:
-        output = attend(query, key, value).transpose(1, 2)
-    elif length == 1:  # one new token: a group's query heads are the rows of one small matrix
-        output = attend(query.reshape(*key.shape[:2], group_size, -1), key, value).flatten(1, 2)[:, None]
-    else:  # a group at a time; its query heads see the one key and value through a stride of 0
-        groups = zip(query.split(group_size, 1), key.split(1, 1), value.split(1, 1))
-        output = torch.cat([attend(q, k.expand(-1, group_size, -1, -1), v.expand(-1, group_size, -1, -1))
-                            .transpose(1, 2) for q, k, v in groups], dim=2)  # fmt: skip
-    return output.to(dtype), None
-
-
-OWN_ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
-
-
 class SelfAttention(nn.Module):
     """One fused projection to H query heads and G keys and values, RoPE, the cache, attention, one projection back."""
 
@@ -172,7 +118,7 @@ class SelfAttention(nn.Module):
         )
         self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
 
-    def forward(self, x, rotary, attention_mask, past_key_values=None, cache_kwargs=None, prefix=None, **kwargs):
+    def forward(self, x, rotary, attention_mask, attend, cache=None, cache_kwargs=None, prefix=None, **kwargs):
         B, T, _ = x.shape
         heads, groups = self.num_heads, self.num_groups
         mixed = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 G, D)
@@ -184,12 +130,11 @@ class SelfAttention(nn.Module):
 
         if prefix is not None:
             key, value = (torch.cat((p, x), dim=2) for p, x in zip(prefix, (key, value)))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)  # (B, G, S, D)
+        if is_paged(cache):  # continuous batching
+            key, value = update_paged(cache, key, value, self.layer_idx, kwargs)
+        elif cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, cache_kwargs)  # (B, G, S, D)
 
-        name = attention_name(self.config)
-        paged = kwargs.get("cache") is not None  # continuous batching: transformers' attention brings it up to date
-        attend = (None if paged else OWN_ATTENTION.get(name)) or ALL_ATTENTION_FUNCTIONS[name]
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
@@ -212,7 +157,7 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(F.silu(gate).mul_(up))  # in place: a long prompt's peak is here
 
 
-class ChatGLMBlock(GradientCheckpointingLayer):
+class GLMBlock(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config, layer_idx):
@@ -238,13 +183,43 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         return (normed if self.residual_after_norm else x) + update  # (B, T, C)
 
 
-class Encoder(nn.Module):
+class Embedding(nn.Module):
+    """Token ids [B, T] -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+    def forward(self, input_ids):
+        try:
+            return self.word_embeddings(input_ids)
+        except IndexError as error:
+            raise ValueError(
+                f"input_ids hold {input_ids.min().item()} to {input_ids.max().item()}, and the vocabulary has the ids "
+                f"0 to {self.word_embeddings.num_embeddings - 1}: was the text tokenized by another model's tokenizer?"
+            ) from error
+
+
+class GLMTransformer(nn.Module):
     """The blocks and the last norm."""
 
     def __init__(self, config):
         super().__init__()
-        self.layers = nn.ModuleList(ChatGLMBlock(config, i) for i in range(config.num_layers))
+        self.num_layers = config.num_layers
+        self.fp32_residual = config.fp32_residual_connection
+        self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
         self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
+
+    def forward(self, x, *args, prefix=None, output_hidden_states=False, output_attentions=False, **kwargs):
+        """x (B, T, C) through all blocks; also what came before each block and after the norm, and the weights."""
+        dtype, hidden_states, attentions = x.dtype, (), ()
+        x = x.float() if self.fp32_residual else x
+        for block, block_prefix in zip(self.layers, prefix or [None] * self.num_layers):
+            hidden_states += (x,) if output_hidden_states else ()
+            x, weights = block(x, dtype, *args, prefix=block_prefix, **kwargs)
+            attentions += (weights,) if output_attentions else ()
+        x = self.final_layernorm(x).to(dtype)  # (B, T, C)
+        return x, hidden_states + (x,) if output_hidden_states else None, attentions if output_attentions else None
 
 
 class PrefixEncoder(nn.Module):
@@ -282,8 +257,8 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ChatGLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
     _supports_attention_backend = True
     _supports_sdpa = True
@@ -334,13 +309,17 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As in transformers; a ValueError where the embedding or the output layer is int8."""
         base = self.base_model
-        for option, layer in (("embedding", base.embedding["word_embeddings"]), ("output_layer", base.output_layer)):
+        for option, layer in (("embedding", base.embedding.word_embeddings), ("output_layer", base.output_layer)):
             if hasattr(layer, "weight_scale") and new_num_tokens not in (None, len(layer.weight_scale)):
                 raise ValueError(
                     f"new_num_tokens={new_num_tokens}: the {option} has {len(layer.weight_scale)} rows in int8, which "
                     f"cannot be resized. Resize the float model, then quantize it, or quantize without {option}=True."
                 )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def as_asked(self, output, return_dict):
+        """`output`, or a tuple of it where `return_dict`, or else the config, says False."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _init_weights(self, module):
         """Normal weights, zero biases, unit norms, for what no checkpoint gives; quantized weights stay."""
@@ -358,8 +337,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def __init__(self, config, empty_init=True, device=None):
         super().__init__(config)
-        self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(config.padded_vocab_size, config.hidden_size)})
-        self.encoder = Encoder(config)
+        self.embedding = Embedding(config)
+        self.encoder = GLMTransformer(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.quantization_bit:  # empty int8 and int4 layers, for a checkpoint to fill
             quantize(self, config.quantization_bit, empty=True, **getattr(config, "quantization_options", {}))
@@ -375,10 +354,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             self.prefix_encoder.requires_grad_(True)
 
     def get_input_embeddings(self):
-        return self.embedding["word_embeddings"]
+        return self.embedding.word_embeddings
 
     def set_input_embeddings(self, embeddings):
-        self.embedding["word_embeddings"] = embeddings
+        self.embedding.word_embeddings = embeddings
 
     def forward(
         self,
@@ -391,6 +370,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
+        full_attention_mask=None,
+        cache=None,
         cache_position=None,
         **kwargs,
     ):
@@ -401,24 +382,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids: int [B, T]; by default they count the real tokens of `attention_mask` and the cache.
             attention_mask: 1 for real tokens, 0 for padding, [B, S] over cached and new tokens; the prefix of
                 P-Tuning is not counted. A four-dimensional mask is handed to the attention as it is.
-            past_key_values: a Cache, whose layers hold (B, G, S, D); it is extended in place.
-            **kwargs: for the attention function.
+            full_attention_mask: boolean, [B, T, S] or [B, 1, T, S], True where a query may *not* look, in the place
+                of the causal mask.
+            cache, past_key_values: two names of the cache, whose layers hold (B, G, S, D); it is extended in place.
+            **kwargs: for the attention function: `attention_chatglm.KEYWORDS`.
 
         Returns:
             BaseModelOutputWithPast: last_hidden_state [B, T, C]; hidden_states are num_layers + 1 of that shape, the
-            last one behind the final norm; attentions are num_layers of [B, H, T, S].
+            last one behind the final norm; attentions are num_layers of [B, H, T, S]; the cache, under both names.
 
         Raises:
+            TypeError: a keyword that nothing here knows.
             ValueError: both or neither of input_ids and inputs_embeds, an id outside of the vocabulary, a mask of
-                another length, attention weights asked of a fused attention.
+                another length, two caches, attention weights asked of a fused attention.
         """
         config = self.config
-        return_dict = config.return_dict if return_dict is None else return_dict
+        given = cache = take_cache(kwargs, cache, past_key_values)
+        check_keywords(kwargs, cache)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if self.training and any(block.gradient_checkpointing for block in self.encoder.layers):
-            use_cache = False  # the blocks run twice, and would write twice
         if output_attentions and attention_name(config) != "eager":
             raise ValueError(
                 f"output_attentions=True: attn_implementation={attention_name(config)!r} never forms the weights. "
@@ -426,102 +408,97 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds: one of the two, not both and not neither.")
-        if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids)
-        B, T, _ = inputs_embeds.shape
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        if self.training and any(block.gradient_checkpointing for block in self.encoder.layers):
+            use_cache, cache = False, None  # the blocks run twice, and would write twice
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
         if not self.training:
-            give_room(past_key_values)
+            grow_in_place(cache)
 
-        seen = self.count_cached_tokens(past_key_values)
-        self._check_mask(attention_mask, past_key_values, seen, T)
-        given_positions = position_ids  # only positions that a caller chose can tell packed sequences apart
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        T, seen = x.shape[1], self.count_cached_tokens(cache)
+        self._check_mask(attention_mask, cache, seen, T)
+        packed = position_ids if given is None else None  # only positions that a caller chose tell sequences apart
         if position_ids is None:
-            position_ids = self._default_positions(attention_mask, seen, T, inputs_embeds.device)
+            position_ids = self.default_positions(attention_mask, seen, x)
         rotary = rotary_cos_sin(config, position_ids)
+        if full_attention_mask is not None:
+            attention_mask = ~full_attention_mask.bool().reshape(-1, 1, *full_attention_mask.shape[-2:])
+        prefix, attention_mask = self.get_prefix(x, attention_mask, cache)
+        step = cache_kwargs(cache, T, x.device, None if config.pre_seq_len else cache_position)
+        mask = attention_mask
+        if not is_paged(cache):
+            first = prefix[0] if prefix else None
+            mask = causal_mask(config, x, attention_mask, cache, packed, prefix=first, **step)
 
-        prefix, mask_cache = [None] * config.num_layers, past_key_values
-        if config.pre_seq_len:
-            self._check_prefix(past_key_values)
-            cache_position = None  # generate() does not count the prefix
-            if attention_mask is not None and attention_mask.dim() == 2:
-                attention_mask = torch.cat((attention_mask.new_ones(B, config.pre_seq_len), attention_mask), dim=1)
-            if past_key_values is None or past_key_values.get_seq_length() == 0:
-                learned = self.prefix_encoder(B, inputs_embeds.dtype)
-                mask_cache = DynamicCache() if past_key_values is None else past_key_values
-                cache_kwargs = cache_update_kwargs(mask_cache, config.pre_seq_len, inputs_embeds.device)
-                for i, (key, value) in enumerate(learned):
-                    mask_cache.update(key, value, i, cache_kwargs)
-                if past_key_values is None:  # training: the blocks put it in front of their own keys
-                    prefix = learned
-
-        cache_kwargs = cache_update_kwargs(mask_cache, T, inputs_embeds.device, cache_position)
-        mask = causal_mask(config, inputs_embeds, attention_mask, mask_cache, given_positions, **cache_kwargs)
-
-        x = inputs_embeds.float() if config.fp32_residual_connection else inputs_embeds
-        hidden_states, attentions = (), ()
-        for block, block_prefix in zip(self.encoder.layers, prefix):
-            if output_hidden_states:
-                hidden_states += (x,)
-            x, weights = block(
-                x,
-                inputs_embeds.dtype,
-                rotary,
-                mask,
-                past_key_values=past_key_values,
-                cache_kwargs=cache_kwargs,
-                prefix=block_prefix,
-                **kwargs,
-            )
-            if output_attentions:
-                attentions += (weights,)
-        x = self.encoder.final_layernorm(x).to(inputs_embeds.dtype)  # (B, T, C)
+        x, hidden_states, attentions = self.encoder(
+            x,
+            rotary,
+            mask,
+            attend=choose_attention(config, is_paged(cache)),
+            cache=cache,
+            cache_kwargs=step,
+            prefix=prefix,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=hidden_states + (x,) if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
+            cache=cache if use_cache else None,
+            hidden_states=hidden_states,
+            attentions=attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return self.as_asked(output, return_dict)
 
-    def count_cached_tokens(self, past_key_values):
+    def count_cached_tokens(self, cache):
         """Tokens that the cache holds, the prefix of P-Tuning not counted."""
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seen = 0 if cache is None or is_paged(cache) else cache.get_seq_length()
         return max(seen - self.config.pre_seq_len, 0) if self.config.pre_seq_len else seen
 
-    def _embed(self, input_ids):
-        try:
-            return self.embedding["word_embeddings"](input_ids)  # (B, T, C)
-        except IndexError as error:
-            raise ValueError(
-                f"input_ids hold {input_ids.min().item()} to {input_ids.max().item()}, and the vocabulary has the ids "
-                f"0 to {self.config.padded_vocab_size - 1}: was the text tokenized by another model's tokenizer?"
-            ) from error
-
     @staticmethod
-    def _default_positions(attention_mask, seen, length, device):
-        """Positions [B or 1, T]: padding counts 0, real tokens 0, 1, 2, ..., going on from the cache."""
+    def default_positions(attention_mask, seen, x):
+        """Positions [B or 1, T] of x: padding counts 0, real tokens 0, 1, 2, ..., going on from the cache."""
         if attention_mask is not None and attention_mask.dim() == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(device)
-        return torch.arange(length, device=device)[None] + seen
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :].to(x.device)
+        return torch.arange(x.shape[1], device=x.device)[None] + seen
 
-    def _check_prefix(self, past_key_values):
-        if getattr(past_key_values, "is_compileable", False):
+    def get_prefix(self, x, attention_mask, cache):
+        """P-Tuning's prefix in front of new tokens x (B, T, C).
+
+        An empty cache gets it. Returns what no cache can hold, a (key, value) a layer or None; and the mask with its
+        columns.
+        """
+        P = self.config.pre_seq_len
+        if not P:
+            return None, attention_mask
+        if is_static(cache):
             raise ValueError(
-                f"A static cache has no room for the prefix of pre_seq_len={self.config.pre_seq_len}, which generate "
-                "does not count: use the dynamic cache."
+                f"A static cache has no room for the prefix of pre_seq_len={P}, which generate does not count: use the "
+                "dynamic cache."
             )
-        held = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if 0 < held < self.config.pre_seq_len:
+        held = 0 if cache is None else cache.get_seq_length()
+        if 0 < held < P:
             raise ValueError(
-                f"The cache holds {held} tokens, fewer than the prefix of pre_seq_len={self.config.pre_seq_len}: it "
-                "was cropped (assisted decoding before transformers 5 does so). Generate without assistance."
+                f"The cache holds {held} tokens, fewer than the prefix of pre_seq_len={P}: it was cropped (assisted "
+                "decoding before transformers 5 does so). Generate without assistance."
             )
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = F.pad(attention_mask, (P, 0), value=1)
+        if held:
+            return None, attention_mask
+        prefix = self.prefix_encoder(x.shape[0], x.dtype)
+        if cache is None:
+            return prefix, attention_mask
+        step = cache_kwargs(cache, P, x.device)
+        for i, (key, value) in enumerate(prefix):
+            cache.update(key, value, i, step)
+        return None, attention_mask
 
     @staticmethod
-    def _check_mask(attention_mask, past_key_values, seen, length):
-        if attention_mask is None or attention_mask.dim() != 2 or getattr(past_key_values, "is_compileable", False):
+    def _check_mask(attention_mask, cache, seen, length):
+        if attention_mask is None or attention_mask.dim() != 2 or is_static(cache) or is_paged(cache):
             return
         if attention_mask.shape[1] != seen + length:
             raise ValueError(
@@ -556,6 +533,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
+        return_last_logit=False,
+        cache=None,
         logits_to_keep=0,
         num_items_in_batch=None,
         **kwargs,
@@ -565,6 +544,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         Args:
             labels: int [B, T], the input ids again, -100 where there is nothing to learn; they are shifted here.
             logits_to_keep: score the last so many positions only, or those of an index tensor; 0 scores all.
+            return_last_logit: the original's name for logits_to_keep=1.
             num_items_in_batch: what the loss is divided by (the Trainer's, over accumulated batches); by default the
                 number of labels that count.
             For the rest see `ChatGLMModel.forward`.
@@ -572,12 +552,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         Returns:
             CausalLMOutputWithPast: loss, a float32 scalar; logits [B, T or logits_to_keep, V].
         """
-        return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.transformer(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=take_cache(kwargs, cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -585,17 +564,18 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             return_dict=True,
             **kwargs,
         )
+        logits_to_keep = 1 if return_last_logit else logits_to_keep
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.transformer.output_layer(outputs.last_hidden_state[:, kept])  # (B, kept, V)
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return self.as_asked(output, return_dict)
 
 
 LOSS_CHUNK = 1024  # positions whose scores are held in float32 at a time
@@ -641,6 +621,8 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         return_dict=None,
+        full_attention_mask=None,
+        cache=None,
         **kwargs,
     ):
         """Scores of the labels.
@@ -652,17 +634,17 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         Returns:
             SequenceClassifierOutputWithPast: loss, a float32 scalar; logits [B, num_labels].
         """
-        return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.transformer(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=take_cache(kwargs, cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            full_attention_mask=full_attention_mask,
             **kwargs,
         )
         x = outputs.last_hidden_state  # (B, T, C)
@@ -675,11 +657,11 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         output = SequenceClassifierOutputWithPast(
             loss=None if labels is None else self._loss(logits.float(), labels.to(logits.device)),
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return self.as_asked(output, return_dict)
 
     def _loss(self, logits, labels):
         kind = self.config.problem_type

@@ -13,9 +13,8 @@ from functools import cached_property
 from itertools import accumulate, groupby
 
 from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizer
-
-from .serving_chatglm import rust_decoder
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 COMMANDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -291,3 +290,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         with open(path, "wb") as f:
             f.write(self.tokenizer.sp_model.serialized_model_proto())
         return (path,)
+
+
+def rust_decoder(vocab, special_tokens):
+    """A `tokenizers.Tokenizer` that turns ids into text as SentencePiece does; it has no merges to go the other way.
+
+    Args:
+        vocab: token -> id; pieces with "▁" for a space and "<0xE4>" for a byte.
+        special_tokens: the tokens of `vocab` that give no text with `skip_special_tokens`.
+
+    Ids beyond `vocab`, of tokens that a user added, give no text.
+    """
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer

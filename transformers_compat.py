@@ -1,42 +1,31 @@
-"""The only file that knows transformers' versions: the newest names with the newest meaning, from 4.30.2 on.
+"""The only file that knows transformers' versions: one name and one meaning for what changed between 4.30.2 and today.
 
-Each fallback says with which release it can be deleted: once that release is the oldest one supported. A feature is
-asked for by its name or its signature; version numbers stand in sentences only.
+What depends on a release says with which one it can be deleted: once that release is the oldest one supported.
+docs/compatibility.md lists what this package takes from transformers that is no documented public name.
 """
 
-from functools import partial
-from inspect import signature, unwrap
+import sys
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 
 import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_outputs
 
 from .torch_compat import is_compiling
 
-try:  # quantizing while loading
-    from transformers.quantizers import HfQuantizer
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-except ImportError:  # delete with 4.38
-    HfQuantizer = QuantizationConfigMixin = object
-    AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING = {}, {}
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"
+CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"  # what forward, generate and outputs call the cache
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
 
 try:
-    from transformers.core_model_loading import ConversionOps
-except ImportError:  # delete with 5.0
-    ConversionOps = object
-
-
-def register_quantization(method, config_class, quantizer_class):
-    """Make `method` known to from_pretrained's quantization_config; of several imports the last one counts."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
-    AUTO_QUANTIZER_MAPPING[method] = quantizer_class
-
-
-try:
-    from transformers.cache_utils import DynamicCache
+    from transformers.cache_utils import Cache, DynamicCache
 except ImportError:  # delete with 4.36
 
     class DynamicCache:
@@ -63,11 +52,182 @@ except ImportError:  # delete with 4.36
             for cache in (self.key_cache, self.value_cache):
                 cache[:] = [rows.index_select(0, beam_idx.to(rows.device)) for rows in cache]
 
+    Cache = DynamicCache
 
 try:
     from transformers.cache_utils import DynamicLayer
 except ImportError:  # caches without layers keep torch.cat; delete with 4.56
     DynamicLayer = object
+
+
+def take_cache(kwargs, *named):
+    """The cache among the values of `named`, and in kwargs, where it may have any name; it is removed there.
+
+    Raises:
+        ValueError: two different caches.
+    """
+    found = [value for value in named if value is not None]
+    for name in [name for name, value in kwargs.items() if name in CACHE_NAMES or isinstance(value, Cache)]:
+        value = kwargs.pop(name)
+        found += [] if value is None else [value]
+    if any(value is not found[0] for value in found):
+        raise ValueError("Two caches were given, as `cache` and as `past_key_values`: they are two names of one thing.")
+    if found and isinstance(found[0], (tuple, list)):
+        raise ValueError("The cache is a tuple of tensors: give a transformers.DynamicCache, or leave it out.")
+    return found[0] if found else None
+
+
+def is_paged(cache):
+    """Whether it is the cache of continuous batching, which transformers' own attention functions read."""
+    return cache is not None and not isinstance(cache, Cache)
+
+
+def update_paged(cache, key, value, layer_idx, kwargs):
+    """Keys and values for the attention function; what else it has to be told is put into kwargs."""
+    if VERSION >= (5, 24):
+        return cache.update(key, value, layer_idx, kwargs=kwargs)
+    kwargs["cache"] = cache  # there the attention function calls update
+    return key, value
+
+
+def is_static(cache):
+    """Whether the cache holds room for a fixed number of tokens, and hands all of it out."""
+    if VERSION < (4, 46):  # delete with 4.46
+        return hasattr(cache, "max_cache_len")
+    return getattr(cache, "is_compileable", False)
+
+
+def cache_size(cache, new):
+    """(tokens in the cache, S: the places that it hands out once `new` tokens are in it).
+
+    Of a static cache the first is a tensor in most releases: comparing it waits for the GPU.
+    """
+    seen = cache.get_seq_length()
+    if not is_static(cache):
+        return seen, seen + new
+    return seen, getattr(cache, "get_max_cache_shape", getattr(cache, "get_max_length", None))()  # its names, in turns
+
+
+def cache_kwargs(cache, new, device, cache_position=None):
+    """What `Cache.update` wants beyond key, value and layer: before 5.4 a static cache did not count its tokens."""
+    if VERSION >= (5, 4):
+        return {}
+    if cache_position is None:
+        seen = 0 if cache is None else cache.get_seq_length()
+        cache_position = torch.arange(new, device=device) + seen
+    return {"cache_position": cache_position}
+
+
+def crop_cache(cache, tokens):
+    """Forget the last `tokens` tokens of a cache."""
+    if hasattr(cache, "crop"):
+        return cache.crop(-tokens)
+    for held in (cache.key_cache, cache.value_cache):  # delete with 4.39
+        held[:] = [rows[:, :, :-tokens] for rows in held]
+
+
+# Tokens of room at a time: at 6B size 0.3 MB a layer in half precision, and one copy of the cache in 256 steps.
+STEP = 256
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values, (B, G, S, D): views of the first S places of buffers that hold up to STEP more.
+
+    A new token is written to its place, not into a copy of all the others. Everything else that may happen to a layer
+    (crop, reorder, repeat) replaces `keys` and `values`; the next update notices that a buffer is not theirs any more,
+    and takes a new one.
+    """
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append (B, G, T, D); returns all keys and values, (B, G, S, D)."""
+        learns = key_states.requires_grad or (self.is_initialized and self.keys.requires_grad)
+        if is_compiling() or (torch.is_grad_enabled() and learns):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            super().update(key_states[..., :0, :], value_states[..., :0, :], *args, **kwargs)
+        self.keys, self.key_buffer = append(self.keys, getattr(self, "key_buffer", None), key_states)
+        self.values, self.value_buffer = append(self.values, getattr(self, "value_buffer", None), value_states)
+        return self.keys, self.values
+
+    def crop(self, *args, **kwargs):
+        """Forget the last tokens. What was read before stays as it is: the next update takes a new buffer."""
+        super().crop(*args, **kwargs)
+        self.key_buffer = self.value_buffer = None
+
+
+def append(held, buffer, new):
+    """(held and new as one view, its buffer): `held` (B, G, S, D), `new` (B, G, T, D)."""
+    seen, total = held.shape[2], held.shape[2] + new.shape[2]
+    mine = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
+    mine = mine and buffer.shape[:2] == held.shape[:2]
+    writable = mine and buffer.dtype == new.dtype and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+    if not writable or total > buffer.shape[2]:
+        dtype = torch.promote_types(held.dtype, new.dtype)
+        buffer = new.new_empty(*new.shape[:2], (total // STEP + 1) * STEP, new.shape[3], dtype=dtype)
+        buffer[:, :, :seen] = held
+    buffer[:, :, seen:total] = new
+    return buffer[:, :, :total], buffer
+
+
+def grow_in_place(cache):
+    """Let an empty DynamicCache grow in place; caches of other kinds, and offloaded ones, stay as they are."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", True):
+        return
+    if any(layer.is_initialized or type(layer) is not DynamicLayer for layer in cache.layers):
+        return
+    cache.layers = [GrowingLayer() for _ in cache.layers]
+    if cache.layer_class_to_replicate is not None:
+        cache.layer_class_to_replicate = GrowingLayer
+
+
+# ---- outputs --------------------------------------------------------------------------------------------------------
+
+
+class BothCacheNames:
+    """An output that answers to `cache` and to `past_key_values`, without a warning, whichever its release knows."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(CACHE if key in CACHE_NAMES else key)
+
+    def __contains__(self, key):
+        return super().__contains__(CACHE if key in CACHE_NAMES else key)
+
+    def get(self, key, default=None):
+        return super().get(CACHE if key in CACHE_NAMES else key, default)
+
+    def __reduce__(self):
+        cls, args, *rest = super().__reduce__()
+        return _rebuild_output, (cls.__bases__[1], args), *rest
+
+
+OTHER_CACHE_NAME = next(name for name in CACHE_NAMES if name != CACHE)
+setattr(BothCacheNames, OTHER_CACHE_NAME, property(lambda output: getattr(output, CACHE)))
+
+
+@lru_cache(None)
+def with_both_cache_names(cls):
+    """`cls`, a class of outputs, with both names of the cache; it is made with `cache=`."""
+    both = dataclass(type(cls.__name__, (BothCacheNames, cls), {"__doc__": cls.__doc__, "__module__": __name__}))
+    if CACHE != "cache":  # delete with 5.24
+        init = both.__init__
+
+        def __init__(self, *args, cache=None, **kwargs):
+            init(self, *args, **({} if cache is None else {CACHE: cache}), **kwargs)
+
+        both.__init__ = __init__
+    return both
+
+
+def _rebuild_output(cls, args):
+    return with_both_cache_names(cls)(*args)
+
+
+BaseModelOutputWithPast = with_both_cache_names(modeling_outputs.BaseModelOutputWithPast)
+CausalLMOutputWithPast = with_both_cache_names(modeling_outputs.CausalLMOutputWithPast)
+SequenceClassifierOutputWithPast = with_both_cache_names(modeling_outputs.SequenceClassifierOutputWithPast)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
 
 try:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -81,6 +241,32 @@ except ImportError:  # delete with 4.48
 
     ALL_ATTENTION_FUNCTIONS = AttentionFunctions()
 
+
+def attention_name(config):
+    """The `attn_implementation` chosen for the model: "sdpa", "eager", "flash_attention_2", ..."""
+    return getattr(config, "_attn_implementation", None) or "sdpa"
+
+
+def their_causal_mask(config, x, attention_mask, cache, position_ids, cache_position, prefix):
+    """The mask that transformers makes for an attention function of its own; arguments as for `causal_mask`."""
+    name = attention_name(config)
+    if VERSION < (4, 53):  # delete with 4.53
+        if "flash" in name:
+            return attention_mask
+        raise ValueError(f"attn_implementation={name!r} needs transformers 4.53: upgrade, or take 'sdpa'.")
+    from transformers.masking_utils import create_causal_mask
+
+    if cache is None and prefix is not None:
+        cache = DynamicCache()
+        cache.update(*prefix, 0)
+    known = {"config": config, "attention_mask": attention_mask, CACHE: cache, "position_ids": position_ids}
+    if VERSION < (5, 4):
+        known.update(cache_kwargs(cache, x.shape[1], x.device, cache_position))
+    return create_causal_mask(**known, **{"inputs_embeds" if VERSION >= (5, 2) else "input_embeds": x})
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError:  # delete with 4.53
@@ -93,63 +279,81 @@ except ImportError:  # delete with 4.53
         def __call__(self, *args, **kwargs):
             if not (self.gradient_checkpointing and self.training):
                 return super().__call__(*args, **kwargs)
-            kwargs["past_key_values"] = None  # the block runs twice, and would write twice
+            kwargs["cache"] = None  # the block runs twice, and would write twice
             return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
 
 
-try:
-    from transformers.masking_utils import create_causal_mask
-except ImportError:  # delete with 4.53
+class ModelFallbacks:
+    """What newer releases give to every PreTrainedModel; stands in front of it among the bases."""
 
-    def create_causal_mask(config, input_embeds, attention_mask, cache_position, past_key_values, position_ids=None):
-        """Boolean [B, 1, T, S], True where a query may look; additive for eager; None where `is_causal` says it all."""
-        name, (B, T, _), device = attention_name(config), input_embeds.shape, input_embeds.device
-        if name == "flex_attention":
-            raise ValueError(f"attn_implementation={name!r} needs transformers 4.53: upgrade, or take 'sdpa'.")
+    if VERSION < (4, 35):  # delete with 4.35
 
-        if attention_mask is not None:
-            if attention_mask.dim() == 4:
-                return attention_mask
-            attention_mask = attention_mask.to(device, torch.bool)
-            if not is_compiling() and attention_mask.all():  # a graph that is compiled cannot ask
-                attention_mask = None
-        if "flash" in name:
-            return attention_mask
-        limit, S = None, T
-        if past_key_values is not None:  # a static cache has a limit, and hands out its empty places, too
-            limit = getattr(past_key_values, "get_max_cache_shape", getattr(past_key_values, "get_max_length", int))()
-            S = limit or past_key_values.get_seq_length() + T
-        place, query = torch.arange(S, device=device), cache_position.to(device)[:, None]
-        mask = (place <= query)[None, None]  # (1, 1, T, S)
-        plain = not limit and (S == T or T == 1)
-        if attention_mask is not None:
-            real = nn.functional.pad(attention_mask, (0, S - attention_mask.shape[1]))[:, None, None]
-            mask, plain = mask & real | (place == query), False  # a row that sees nothing would give nan
-        elif past_key_values is None and position_ids is not None:  # packed: a sequence ends where positions jump
-            sequence = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
-            if is_compiling() or sequence.any():
-                mask, plain = mask & (sequence[:, None, :, None] == sequence[:, None, None, :]), False
-        if name != "eager":
-            return None if plain else mask.expand(B, 1, T, S)
-        lowest = torch.finfo(input_embeds.dtype).min
-        return input_embeds.new_zeros(()).masked_fill(~mask, lowest).expand(B, 1, T, S)
+        def save_pretrained(self, *args, safe_serialization=True, **kwargs):
+            super().save_pretrained(*args, safe_serialization=safe_serialization, **kwargs)
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, enable=True):
+            function = partial(checkpoint, **(gradient_checkpointing_kwargs or {"use_reentrant": False}))
+            for layer in self.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.gradient_checkpointing, layer._gradient_checkpointing_func = enable, function
+
+        def gradient_checkpointing_disable(self):
+            self.gradient_checkpointing_enable(enable=False)
+
+    elif VERSION < (5, 0):  # not reentrant by default; delete with 5.0
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):  # float32 was the default, `torch_dtype` the name; delete with 5.0
+        stored = getattr(kwargs.get("config"), "dtype", None)  # written by a release that names it so
+        asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or stored or "auto"
+        attention = kwargs.pop("attn_implementation", None) if VERSION < (4, 36) else None
+        for auto, name in (getattr(kwargs.get("config"), "auto_map", None) or {}).items():
+            if cls._auto_class is None and str(name).endswith("." + cls.__name__):  # saves the code; delete with 4.53
+                cls.register_for_auto_class(auto)
+        model = super().from_pretrained(*args, **{DTYPE: as_dtype(asked)}, **kwargs)
+        if attention is not None:
+            (model[0] if isinstance(model, tuple) else model).config._attn_implementation = attention
+        return model
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if VERSION < (4, 36):
+            config._attn_implementation = kwargs.pop("attn_implementation", attention_name(config))
+        return super()._from_config(config, **({DTYPE: as_dtype(asked)} if asked else {}), **kwargs)
 
 
-# The library's `generate` before 4.46 wants a model to choose the inputs of each step itself.
-PREPARES_INPUTS = "input_ids" in signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
+def as_dtype(name):
+    """torch.float16 for "float16", as releases before 4.42 do not; "auto" and dtypes stay."""
+    return getattr(torch, name.split(".")[-1], name) if isinstance(name, str) else name
 
-if hasattr(transformers.GenerationMixin, "_supports_logits_to_keep"):
-    GenerationMixin = transformers.GenerationMixin
-else:  # delete with 4.49
 
-    class GenerationMixin(transformers.GenerationMixin):
-        """`generate` that scores the prompt's last token alone, begins with embeddings, and reorders a cache."""
+# ---- generate -------------------------------------------------------------------------------------------------------
 
-        def generate(self, *args, generation_config=None, **kwargs):
+
+class GenerationMixin(transformers.GenerationMixin):
+    """transformers' `generate`, which takes the cache under both names, in every release."""
+
+    def generate(self, *args, **kwargs):
+        """As in transformers; the outputs of `return_dict_in_generate` answer to both names of the cache."""
+        cache = take_cache(kwargs)
+        if cache is not None:
+            kwargs[CACHE] = cache
+        if VERSION < (4, 49):  # score the prompt's last token alone; delete with 4.49
             drafted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
-            if not (drafted or getattr(generation_config, "prompt_lookup_num_tokens", None)):
+            if not (drafted or getattr(kwargs.get("generation_config"), "prompt_lookup_num_tokens", None)):
                 kwargs.setdefault("logits_to_keep", 1)
-            return super().generate(*args, generation_config=generation_config, **kwargs)
+        output = super().generate(*args, **kwargs)
+        if isinstance(output, torch.Tensor) or not hasattr(output, CACHE):
+            return output
+        return with_both_cache_names(type(output))(
+            **{field.name: getattr(output, field.name) for field in fields(output)}
+        )
+
+    if VERSION < (4, 49):  # begins with embeddings, and reorders a cache; delete with 4.49
 
         def _maybe_initialize_input_ids_for_generation(self, inputs=None, bos_token_id=None, model_kwargs=None):
             if inputs is None and "inputs_embeds" in (model_kwargs or {}):
@@ -162,93 +366,40 @@ else:  # delete with 4.49
             return past_key_values
 
 
-class ModelFallbacks:
-    """What newer releases give to every PreTrainedModel; stands in front of it among the bases."""
+# ---- quantizing while loading ---------------------------------------------------------------------------------------
 
-    if "safe_serialization: bool = False" in str(signature(PreTrainedModel.save_pretrained)):  # delete with 4.35
+try:
+    from transformers.quantizers import HfQuantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError:  # delete with 4.38
+    HfQuantizer = QuantizationConfigMixin = object
+    AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING = {}, {}
 
-        def save_pretrained(self, *args, safe_serialization=True, **kwargs):
-            super().save_pretrained(*args, safe_serialization=safe_serialization, **kwargs)
-
-    if "gradient_checkpointing_kwargs" not in signature(PreTrainedModel.gradient_checkpointing_enable).parameters:
-        # delete with 4.35
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, enable=True):
-            function = partial(checkpoint, **(gradient_checkpointing_kwargs or {"use_reentrant": False}))
-            for layer in self.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.gradient_checkpointing, layer._gradient_checkpointing_func = enable, function
-
-        def gradient_checkpointing_disable(self):
-            self.gradient_checkpointing_enable(enable=False)
-
-    elif not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # not reentrant by default; delete with 5.0
-
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):  # float32 was the default, `torch_dtype` the name; delete with 5.0
-        stored = getattr(kwargs.get("config"), "dtype", None)  # written by a release that names it so
-        asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or stored or "auto"
-        attention = None if NAMES_ATTENTION else kwargs.pop("attn_implementation", None)
-        for auto, name in (getattr(kwargs.get("config"), "auto_map", None) or {}).items():
-            if cls._auto_class is None and str(name).endswith("." + cls.__name__):  # saves the code; delete with 4.53
-                cls.register_for_auto_class(auto)
-        model = super().from_pretrained(*args, **{DTYPE: as_dtype(asked)}, **kwargs)
-        if attention is not None:
-            (model[0] if isinstance(model, tuple) else model).config._attn_implementation = attention
-        return model
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        if not NAMES_ATTENTION:
-            config._attn_implementation = kwargs.pop("attn_implementation", attention_name(config))
-        return super()._from_config(config, **({DTYPE: as_dtype(asked)} if asked else {}), **kwargs)
+try:
+    from transformers.core_model_loading import ConversionOps
+except ImportError:  # delete with 5.0
+    ConversionOps = object
 
 
-DTYPE = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"  # delete with 4.56
-NAMES_ATTENTION = hasattr(transformers.PretrainedConfig(), "_attn_implementation")  # delete with 4.36
-_MASK_PARAMETERS = signature(create_causal_mask).parameters
-# Its `generate` asks once whether a mask says anything, and drops it if not (5.23); with releases before, the step asks
-_ASKS_ONCE = "_mask_length" in unwrap(transformers.GenerationMixin.generate).__code__.co_names
+def register_quantization(method, config_class, quantizer_class):
+    """Make `method` known to from_pretrained's quantization_config; of several imports the last one counts."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
+    AUTO_QUANTIZER_MAPPING[method] = quantizer_class
 
 
-def as_dtype(name):
-    """torch.float16 for "float16", as releases before 4.42 do not; "auto" and dtypes stay."""
-    return getattr(torch, name.split(".")[-1], name) if isinstance(name, str) else name
+# ---- serving --------------------------------------------------------------------------------------------------------
 
 
-def attention_name(config):
-    """The `attn_implementation` chosen for the model: "sdpa", "eager", "flash_attention_2", ..."""
-    return getattr(config, "_attn_implementation", None) or "sdpa"
+def register_for_serve(architectures):
+    """Within `transformers serve`, let it find the model: it looks `architectures` up among its own classes alone.
 
-
-def crop_cache(past_key_values, tokens):
-    """Forget the last `tokens` tokens of a cache."""
-    if hasattr(past_key_values, "crop"):
-        return past_key_values.crop(-tokens)
-    for cache in (past_key_values.key_cache, past_key_values.value_cache):  # delete with 4.39
-        cache[:] = [rows[:, :, :-tokens] for rows in cache]
-
-
-def cache_update_kwargs(past_key_values, length, device, cache_position=None):
-    """What `Cache.update` wants beyond key, value and layer: until 5.0 a cache did not count its own tokens."""
-    if "cache_position" not in _MASK_PARAMETERS:
-        return {}
-    if cache_position is None:
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        cache_position = torch.arange(length, device=device) + seen
-    return {"cache_position": cache_position}
-
-
-def causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position=None):
-    """The causal mask in the form that the chosen attention takes, from a mask [B, S] of real tokens or None."""
-    own = attention_name(config) in ("sdpa", "eager") and not getattr(past_key_values, "is_compileable", False)
-    if _ASKS_ONCE and own and attention_mask is not None and attention_mask.dim() == 2 and inputs_embeds.shape[1] == 1:
-        real = attention_mask.to(inputs_embeds.device, torch.bool)  # one new token sees them all, and no GPU is asked
-        return (real | ~real.any(-1, keepdim=True))[:, None, None]  # (B, 1, 1, S); what sees nothing would give nan
-    embeds = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
-    kwargs = {"config": config, embeds: inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids,
-              "past_key_values": past_key_values, "cache_position": cache_position}  # fmt: skip
-    return create_causal_mask(**{name: value for name, value in kwargs.items() if name in _MASK_PARAMETERS})
+    AutoModelForCausalLM, under each of those names, follows the checkpoint's `auto_map` and asks for
+    `--trust-remote-code` as ever. Any other process is left as it is.
+    """
+    server = sys.modules.get("transformers.cli.serving.model_manager")
+    if server is None:
+        return
+    for name in architectures:
+        if not hasattr(server.transformers, name):
+            setattr(server.transformers, name, transformers.AutoModelForCausalLM)

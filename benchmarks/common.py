@@ -20,9 +20,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "export")]
 import conftest  # noqa: E402, F401  (makes the repository importable as `chatglm2`)
 from chatglm2 import quantization, quantization_cpu  # noqa: E402, F401
-from chatglm2.cache_chatglm import give_room  # noqa: E402
 from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
+from chatglm2.transformers_compat import grow_in_place  # noqa: E402
 from to_glm import glm_config, glm_state_dict  # noqa: E402
 from transformers import DynamicCache, GlmForCausalLM  # noqa: E402
 
@@ -100,7 +100,7 @@ def filled_cache(model, context, cache=None):
     if cache is None:
         cache = DynamicCache()
         if isinstance(model, ChatGLMForConditionalGeneration):
-            give_room(cache)
+            grow_in_place(cache)
     config, generator = model.config, torch.Generator().manual_seed(0)
     size = (1, config.num_key_value_heads, context, config.head_dim)
     for layer in range(config.num_hidden_layers):

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.needs_transformers("4.56", "caches made of layers")
 @pytest.fixture
 def pair():
     """(transformers' cache, ours), empty."""
-    from chatglm2.cache_chatglm import give_room
+    from chatglm2.transformers_compat import grow_in_place
 
     plain, growing = DynamicCache(), DynamicCache()
-    give_room(growing)
+    grow_in_place(growing)
     return plain, growing
 
 
@@ -137,7 +137,7 @@ def test_another_dtype_is_promoted(pair):
 
 def test_generate_uses_it(make_model):
     """The cache that `generate` makes itself grows in place, and one handed out by forward does."""
-    from chatglm2.cache_chatglm import GrowingLayer
+    from chatglm2.transformers_compat import GrowingLayer
 
     model, ids = make_model(), torch.tensor([[5, 6, 7]])
     out = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)

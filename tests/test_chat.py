@@ -276,7 +276,7 @@ def test_no_step_shows_half_a_placeholder(make_model, tokenizer):
 def test_rounds_with_a_cache_encode_only_their_own_turn(chatty, tokenizer):
     """The next round feeds its own tokens; the cache then holds both rounds, and the answer is that of all ids."""
     fed = []
-    chatty.transformer.embedding["word_embeddings"].register_forward_hook(lambda m, i, o: fed.append(i[0].shape[1]))
+    chatty.transformer.embedding.word_embeddings.register_forward_hook(lambda m, i, o: fed.append(i[0].shape[1]))
     *_, (first, history, cache) = chatty.stream_chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
     held = cache.get_seq_length()
     fed.clear()

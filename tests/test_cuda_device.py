@@ -1,10 +1,9 @@
-"""The GPU kernels and the model on a real card; skipped where there is none. tests/test_quantization_cuda.py covers the rest."""
+"""The GPU kernels and attention on a real card; skipped where there is none."""
 
 import pytest
 import torch
-
 from chatglm2 import quantization_cpm, quantization_triton
-from chatglm2.modeling_chatglm import eager_attention, sdpa_attention
+from chatglm2.attention_chatglm import eager_attention, sdpa_attention
 from chatglm2.quantization import QuantizedLinear
 from test_quantization_cuda import CASES, CUDA, FLOAT32_SUM, HALF_ULP, error, make
 

@@ -532,7 +532,7 @@ def test_embeddings_can_be_read_replaced_and_resized(make_model):
     """Accessors, and resize_token_embeddings: old rows stay, config and output layer follow."""
     model, ids = make_model(), some_ids()
     before = logits(model, ids)
-    assert model.get_input_embeddings() is model.transformer.embedding["word_embeddings"]
+    assert model.get_input_embeddings() is model.transformer.embedding.word_embeddings
     assert model.get_output_embeddings() is model.transformer.output_layer
     model.resize_token_embeddings(330)
     after = logits(model, ids)

@@ -1,1 +1,0 @@
-../../cache_chatglm.py
