@@ -71,11 +71,18 @@ KEYWORDS = {"is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_
 OWN_ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
 
 
-def check_keywords(kwargs, cache=None):
-    """TypeError where `forward` got a keyword that neither it nor an attention function knows.
+def check_arguments(cache, kwargs):
+    """Refuse what `forward` got beyond its own arguments, and that no attention function knows either.
 
     Continuous batching, whose cache is a paged one, may have more to say to its own attention functions.
+
+    Raises:
+        TypeError: an unknown keyword. ValueError: a cache of tuples.
     """
+    if isinstance(cache, (tuple, list)):
+        raise ValueError(
+            f"The cache is a {type(cache).__name__} of tensors: give a transformers.DynamicCache, or none."
+        )
     unknown = [] if is_paged(cache) else [repr(name) for name in kwargs if name not in KEYWORDS]
     if unknown:
         raise TypeError(f"forward() got an unexpected keyword argument {', '.join(unknown)}: is it misspelled?")

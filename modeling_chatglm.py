@@ -11,21 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
-from .attention_chatglm import causal_mask, check_keywords, choose_attention
-from .configuration_chatglm import ChatGLMConfig
+from .attention_chatglm import causal_mask, check_arguments, choose_attention
 from .generation_chatglm import ChatMixin
+from .prefix_chatglm import PrefixEncoder
+from .pretrained_chatglm import ChatGLMPreTrainedModel, checkpointed
 from .quantization import quantize
-from .quantization_loading import float_weights  # importing it registers quant_method "chatglm"
 from .torch_compat import rms_norm
 from .transformers_compat import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     DynamicCache,
     GenerationMixin,
-    GradientCheckpointingLayer,
-    ModelFallbacks,
     SequenceClassifierOutputWithPast,
     attention_name,
     cache_kwargs,
@@ -40,6 +37,7 @@ if TYPE_CHECKING:  # the Hugging Face loader copies the files that are imported 
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
     from .quantization_cpu_source import source  # noqa: F401
+    from .quantization_loading import ChatGLMQuantizer  # noqa: F401
     from .quantization_stock import linear as linear_stock  # noqa: F401
     from .quantization_triton import linear as linear_triton  # noqa: F401
 
@@ -157,8 +155,10 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(F.silu(gate).mul_(up))  # in place: a long prompt's peak is here
 
 
-class GLMBlock(GradientCheckpointingLayer):
+class GLMBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    gradient_checkpointing = False
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -169,6 +169,7 @@ class GLMBlock(GradientCheckpointingLayer):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    @checkpointed
     def forward(self, x, dtype, rotary, attention_mask, **kwargs):
         normed = self.input_layernorm(x)
         update, weights = self.self_attention(normed.to(dtype), rotary, attention_mask, **kwargs)
@@ -222,116 +223,6 @@ class GLMTransformer(nn.Module):
         return x, hidden_states + (x,) if output_hidden_states else None, attentions if output_attentions else None
 
 
-class PrefixEncoder(nn.Module):
-    """P-Tuning v2's learned keys and values (Liu et al., 2021, arXiv:2110.07602).
-
-    Row p of the embedding holds a key and a value of G heads for every layer; with `prefix_projection` an MLP of
-    Linear, Tanh, Linear makes them.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        size = config.num_layers * 2 * config.num_key_value_heads * config.kv_channels
-        self.embedding = nn.Embedding(config.pre_seq_len, size)
-        self.trans = nn.Identity()
-        if config.prefix_projection:
-            self.trans = nn.Sequential(
-                nn.Linear(size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
-            )
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, batch_size, dtype):
-        """A (key, value) for each layer, both (B, G, P, D)."""
-        config = self.config
-        prefix = self.trans(self.embedding.weight).to(dtype)  # (P, 2 L G D)
-        prefix = prefix.view(config.pre_seq_len, 2 * config.num_layers, config.num_key_value_heads, config.kv_channels)
-        prefix = prefix.permute(1, 2, 0, 3)[:, None].expand(-1, batch_size, -1, -1, -1)  # (2 L, B, G, P, D)
-        prefix = self.dropout(prefix)
-        return list(zip(prefix[0::2], prefix[1::2]))
-
-
-class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
-    """What the public classes share: initialisation, and what they tell transformers about themselves."""
-
-    config_class = ChatGLMConfig
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
-    _supports_attention_backend = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flash_attn_2 = True
-    _supports_flex_attn = True
-    _supports_cache_class = True
-    _supports_static_cache = True
-    _supports_quantized_cache = True
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def _can_set_attn_implementation(cls):
-        return True  # the attention is looked up at every call
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As in transformers. The weights' own dtype is kept where none is asked for.
-
-        Raises:
-            ValueError: besides what transformers raises: the config asks for int8 or int4 layers, and the checkpoint
-                holds no such weights.
-        """
-        try:
-            model, report = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except RuntimeError as error:
-            config = kwargs.get("config")
-            if not hasattr(config, "quantization_bit"):
-                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **kwargs)
-            if config.quantization_bit and any(word in str(error) for word in ("mismatch", "held as torch.int8")):
-                raise float_weights(config.quantization_bit, "tensors of other shapes or dtypes") from error
-            raise
-        unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
-        if unscaled:  # and float weights, which most releases of transformers have truncated to int8 by now
-            raise float_weights(model.config.quantization_bit, f"no {unscaled[0]}")
-        model.base_model.freeze_below_prefix()  # loading may put new parameters in the old ones' place
-        return (model, report) if output_loading_info else model
-
-    def quantize(self, bits, **options):
-        """Hold the linear layers of every block in `bits` (4 or 8) bits, in place; 0 changes nothing.
-
-        Options are those of `quantization.quantize`. Returns the model.
-        """
-        return quantize(self, bits, **options)
-
-    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
-        """As in transformers; a ValueError where the embedding or the output layer is int8."""
-        base = self.base_model
-        for option, layer in (("embedding", base.embedding.word_embeddings), ("output_layer", base.output_layer)):
-            if hasattr(layer, "weight_scale") and new_num_tokens not in (None, len(layer.weight_scale)):
-                raise ValueError(
-                    f"new_num_tokens={new_num_tokens}: the {option} has {len(layer.weight_scale)} rows in int8, which "
-                    f"cannot be resized. Resize the float model, then quantize it, or quantize without {option}=True."
-                )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-
-    def as_asked(self, output, return_dict):
-        """`output`, or a tuple of it where `return_dict`, or else the config, says False."""
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-    def _init_weights(self, module):
-        """Normal weights, zero biases, unit norms, for what no checkpoint gives; quantized weights stay."""
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if isinstance(module, (nn.Linear, nn.Embedding)) and weight.is_floating_point():
-            nn.init.normal_(weight, std=self.config.initializer_range)
-        elif isinstance(module, (RMSNorm, LayerNorm)):
-            nn.init.ones_(weight)
-        if bias is not None:
-            nn.init.zeros_(bias)
-
-
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """The network up to the last norm; it also owns the output layer, as the released checkpoints name it."""
 
@@ -360,21 +251,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.embedding.word_embeddings = embeddings
 
     def forward(
-        self,
-        input_ids=None,
-        position_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        full_attention_mask=None,
-        cache=None,
-        cache_position=None,
-        **kwargs,
-    ):
+        self, input_ids=None, position_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None,
+        use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
+        full_attention_mask=None, cache=None, cache_position=None, **kwargs,
+    ):  # fmt: skip
         """Hidden states of new tokens.
 
         Args:
@@ -398,7 +278,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         config = self.config
         given = cache = take_cache(kwargs, cache, past_key_values)
-        check_keywords(kwargs, cache)
+        check_arguments(cache, kwargs)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if output_attentions and attention_name(config) != "eager":
@@ -425,7 +305,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         rotary = rotary_cos_sin(config, position_ids)
         if full_attention_mask is not None:
             attention_mask = ~full_attention_mask.bool().reshape(-1, 1, *full_attention_mask.shape[-2:])
-        prefix, attention_mask = self.get_prefix(x, attention_mask, cache)
+        prefix = None
+        if config.pre_seq_len:
+            prefix, attention_mask = self.prefix_encoder.put_before(x, attention_mask, cache)
         step = cache_kwargs(cache, T, x.device, None if config.pre_seq_len else cache_position)
         mask = attention_mask
         if not is_paged(cache):
@@ -464,38 +346,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :].to(x.device)
         return torch.arange(x.shape[1], device=x.device)[None] + seen
 
-    def get_prefix(self, x, attention_mask, cache):
-        """P-Tuning's prefix in front of new tokens x (B, T, C).
-
-        An empty cache gets it. Returns what no cache can hold, a (key, value) a layer or None; and the mask with its
-        columns.
-        """
-        P = self.config.pre_seq_len
-        if not P:
-            return None, attention_mask
-        if is_static(cache):
-            raise ValueError(
-                f"A static cache has no room for the prefix of pre_seq_len={P}, which generate does not count: use the "
-                "dynamic cache."
-            )
-        held = 0 if cache is None else cache.get_seq_length()
-        if 0 < held < P:
-            raise ValueError(
-                f"The cache holds {held} tokens, fewer than the prefix of pre_seq_len={P}: it was cropped (assisted "
-                "decoding before transformers 5 does so). Generate without assistance."
-            )
-        if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = F.pad(attention_mask, (P, 0), value=1)
-        if held:
-            return None, attention_mask
-        prefix = self.prefix_encoder(x.shape[0], x.dtype)
-        if cache is None:
-            return prefix, attention_mask
-        step = cache_kwargs(cache, P, x.device)
-        for i, (key, value) in enumerate(prefix):
-            cache.update(key, value, i, step)
-        return None, attention_mask
-
     @staticmethod
     def _check_mask(attention_mask, cache, seen, length):
         if attention_mask is None or attention_mask.dim() != 2 or is_static(cache) or is_paged(cache):
@@ -522,23 +372,10 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         self.transformer.output_layer = embeddings
 
     def forward(
-        self,
-        input_ids=None,
-        position_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        return_last_logit=False,
-        cache=None,
-        logits_to_keep=0,
-        num_items_in_batch=None,
-        **kwargs,
-    ):
+        self, input_ids=None, position_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
+        return_last_logit=False, cache=None, logits_to_keep=0, num_items_in_batch=None, **kwargs,
+    ):  # fmt: skip
         """Scores of the next token.
 
         Args:
@@ -553,17 +390,9 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             CausalLMOutputWithPast: loss, a float32 scalar; logits [B, T or logits_to_keep, V].
         """
         outputs = self.transformer(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            cache=take_cache(kwargs, cache, past_key_values),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            **kwargs,
-        )
+            input_ids, position_ids, attention_mask, None, inputs_embeds, use_cache, output_attentions,
+            output_hidden_states, return_dict=True, cache=take_cache(kwargs, cache, past_key_values), **kwargs,
+        )  # fmt: skip
         logits_to_keep = 1 if return_last_logit else logits_to_keep
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.transformer.output_layer(outputs.last_hidden_state[:, kept])  # (B, kept, V)
@@ -610,21 +439,10 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        input_ids=None,
-        position_ids=None,
-        attention_mask=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        full_attention_mask=None,
-        cache=None,
-        **kwargs,
-    ):
+        self, input_ids=None, position_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
+        full_attention_mask=None, cache=None, **kwargs,
+    ):  # fmt: skip
         """Scores of the labels.
 
         Args:
@@ -635,18 +453,10 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             SequenceClassifierOutputWithPast: loss, a float32 scalar; logits [B, num_labels].
         """
         outputs = self.transformer(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            cache=take_cache(kwargs, cache, past_key_values),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            full_attention_mask=full_attention_mask,
-            **kwargs,
-        )
+            input_ids, position_ids, attention_mask, None, inputs_embeds, use_cache, output_attentions,
+            output_hidden_states, return_dict=True, full_attention_mask=full_attention_mask,
+            cache=take_cache(kwargs, cache, past_key_values), **kwargs,
+        )  # fmt: skip
         x = outputs.last_hidden_state  # (B, T, C)
         last = torch.full((len(x),), x.shape[1] - 1, device=x.device)
         if attention_mask is not None:

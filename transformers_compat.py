@@ -72,8 +72,6 @@ def take_cache(kwargs, *named):
         found += [] if value is None else [value]
     if any(value is not found[0] for value in found):
         raise ValueError("Two caches were given, as `cache` and as `past_key_values`: they are two names of one thing.")
-    if found and isinstance(found[0], (tuple, list)):
-        raise ValueError("The cache is a tuple of tensors: give a transformers.DynamicCache, or leave it out.")
     return found[0] if found else None
 
 
@@ -267,21 +265,6 @@ def their_causal_mask(config, x, attention_mask, cache, position_ids, cache_posi
 
 # ---- the model ------------------------------------------------------------------------------------------------------
 
-try:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-except ImportError:  # delete with 4.53
-
-    class GradientCheckpointingLayer(nn.Module):
-        """A block whose activations are computed again in the backward pass, once that is switched on."""
-
-        gradient_checkpointing = False
-
-        def __call__(self, *args, **kwargs):
-            if not (self.gradient_checkpointing and self.training):
-                return super().__call__(*args, **kwargs)
-            kwargs["cache"] = None  # the block runs twice, and would write twice
-            return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
-
 
 class ModelFallbacks:
     """What newer releases give to every PreTrainedModel; stands in front of it among the bases."""
@@ -290,20 +273,6 @@ class ModelFallbacks:
 
         def save_pretrained(self, *args, safe_serialization=True, **kwargs):
             super().save_pretrained(*args, safe_serialization=safe_serialization, **kwargs)
-
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, enable=True):
-            function = partial(checkpoint, **(gradient_checkpointing_kwargs or {"use_reentrant": False}))
-            for layer in self.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.gradient_checkpointing, layer._gradient_checkpointing_func = enable, function
-
-        def gradient_checkpointing_disable(self):
-            self.gradient_checkpointing_enable(enable=False)
-
-    elif VERSION < (5, 0):  # not reentrant by default; delete with 5.0
-
-        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):  # float32 was the default, `torch_dtype` the name; delete with 5.0
