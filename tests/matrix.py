@@ -44,16 +44,16 @@ def find_releases():
     """{minor: its last patch} from OLDEST on, in order. pip leaves out what is yanked or needs another Python."""
     command = [sys.executable, "-m", "pip", "index", "versions", "transformers"]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found = re.search(r"Available versions: (.*)", output).group(1).split(", ")
+    found = re.search(r"Available versions: (.*)", output)[1].split(", ")
     versions = sorted(version for version in map(Version, found) if not version.is_prerelease)
     return {minor(str(version)): str(version) for version in versions if version >= Version(OLDEST)}
 
 
-def features():
-    """{(minor, feature)} of the tests' marks: needs_transformers("4.34", "chat templates")."""
-    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
-    marks = re.findall(r'needs_transformers\(\s*"([\d.]+)",\s*"([^"]*)"', text)
-    return {(minor(release if "." in release else release + ".0"), what) for release, what in marks}
+def marks():
+    """[(minor, feature)] of the tests' marks: needs_transformers("4.34", "chat templates")."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py")))
+    found = re.findall(r'mark\.needs_transformers\(\s*"([\d.]+)",\s*"([^"]*)"', text)
+    return [(minor(release), what) for release, what in found]
 
 
 def resolve(names, releases):
@@ -170,22 +170,32 @@ def table(results):
     return markdown(rows)
 
 
+def begins():
+    """Markdown: what begins with which release, as the tests' marks say."""
+    by_release = {}
+    for release, what in sorted(set(marks()), key=lambda feature: (Version(feature[0]), feature[1])):
+        by_release.setdefault(release, []).append(what)
+    return markdown([["from", "what"], *([release, "; ".join(what)] for release, what in by_release.items())])
+
+
 def write_pages(results, releases, minutes):
     """The table of docs/compatibility.md, and the line that other pages quote, each between its two comments."""
     first, *_, last = releases.values()
-    features_table = markdown([["from", "what"], *sorted(features(), key=lambda row: (Version(row[0]), row[1]))])
-    matrix = (
-        f"\n`make matrix`, Python {platform.python_version()}, torch {metadata.version('torch')}, {platform.machine()}, "
-        f"{minutes:.0f} minutes. `tomorrow` is {last} without what it announces to remove. Not offered: a feature that "
-        "the release lacks, by the list below. Skipped: this machine lacks what the test needs, a GPU for example.\n\n"
-        f"{table(results)}\nWhat needs more than {first}:\n\n{features_table}"
-    )
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
+    machine = f"Python {platform.python_version()}, torch {metadata.version('torch')}, {platform.machine()}"
+    matrix = f"""
+`make matrix`: {machine}, {minutes:.0f} minutes. `tomorrow` is {last} without what it announces to remove. Not offered:
+that release lacks the feature, see the list below. Skipped: this machine lacks what the test needs, a GPU for example.
+
+{table(results)}
+The whole suite runs on the oldest release, on the newest, and on those with which something begins that a test needs:
+
+{begins()}"""
+    for page in map(ROOT.joinpath, PAGES):
+        text = page.read_text(encoding="utf-8")
         for name, body in (("matrix", matrix), ("releases", f"{len(releases)} releases, {first} to {last}")):
-            between = rf"(<!-- {name}: made by `make matrix` -->).*?(<!-- end of {name} -->)"
-            text = re.sub(between, lambda match: match[1] + body + match[2], text, flags=re.DOTALL)  # noqa: B023
-        (ROOT / page).write_text(text, encoding="utf-8")
+            marks = rf"(<!-- {name}: made by `make matrix` -->).*?(<!-- end of {name} -->)"
+            text = re.sub(marks, lambda found: found[1] + body + found[2], text, flags=re.DOTALL)  # noqa: B023
+        page.write_text(text, encoding="utf-8")
 
 
 def main():
@@ -210,7 +220,7 @@ def main():
             print(
                 f"transformers {constrained} is the one of {args.skip}: it has run there, and is left out", flush=True
             )
-    starts = {OLDEST, list(releases)[-1], *(start for start, _ in features())}
+    starts = {OLDEST, list(releases)[-1], *(start for start, _ in marks())}
     whole = [
         name for name, release in rows.items() if name != "tomorrow" and (args.releases or minor(release) in starts)
     ]
