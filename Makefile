@@ -3,7 +3,7 @@
 # make test    the tests
 # make tools   the tests with the tools around the model: servers, browser, TRL, lm_eval, llama.cpp; some 500 MB more
 # make lint    ruff, and a look for files over 12 MB
-# make matrix  the tests on every supported release of transformers                    make matrix ARGS="--quick"
+# make matrix  the tests on every minor release of transformers       make matrix ARGS="--releases 4.44 newest tomorrow"
 # make tiny    train the toy checkpoint again
 PYTHON ?= python3
 VENV ?= .venv

@@ -229,13 +229,6 @@ def quality(say, processor):
     return table(["weights", "cross entropy", "divergence", "answers"], rows, records, "quality", say)
 
 
-def matrix(say, processor):
-    path = ROOT / "tests" / "matrix.md"
-    if processor != PROCESSORS[0]:  # one table for all
-        return ""
-    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
-
-
 MAKERS = (
     decode,
     prefill,
@@ -248,7 +241,6 @@ MAKERS = (
     loading,
     footprint,
     quality,
-    matrix,
 )
 PICTURES = {  # benchmark -> the rows' x and its name, {line: name}, the name of y
     "decode": ("context", "context, tokens", {"ours_ms": "ours", "glm_ms": "GlmForCausalLM"}, "tokens a second"),
