@@ -90,7 +90,7 @@ def update_paged(cache, key, value, layer_idx, kwargs):
 
 def is_static(cache):
     """Whether the cache holds room for a fixed number of tokens, and hands all of it out."""
-    if VERSION < (4, 46):  # delete with 4.46
+    if VERSION < (4, 49):  # delete with 4.49
         return hasattr(cache, "max_cache_len")
     return getattr(cache, "is_compileable", False)
 
@@ -261,6 +261,23 @@ def their_causal_mask(config, x, attention_mask, cache, position_ids, cache_posi
     if VERSION < (5, 4):
         known.update(cache_kwargs(cache, x.shape[1], x.device, cache_position))
     return create_causal_mask(**known, **{"inputs_embeds" if VERSION >= (5, 2) else "input_embeds": x})
+
+
+# ---- the configuration ----------------------------------------------------------------------------------------------
+
+
+class ConfigFallbacks:
+    """The original's name of the dtype, which newer releases serve with a warning."""
+
+    if VERSION >= (4, 56):
+
+        @property
+        def torch_dtype(self):
+            return self.dtype
+
+        @torch_dtype.setter
+        def torch_dtype(self, dtype):
+            self.dtype = dtype
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
