@@ -17,21 +17,19 @@ CHINESE = {
     "call": "调用",
     "weights, GB": "权重，GB",
     "peak, GB": "峰值内存，GB",
-    "tokens/s": "tokens/s",
     "load": "加载",
     "GPU, 16 GB": "GPU，16 GB",
     "GPU, 6 GB": "GPU，6 GB",
-    "CPU": "CPU",
     "CPU, faster": "CPU，更快",
     "CPU, not quantized": "CPU，不量化",
-    "Mac": "Mac",
     "int4 files, CPU": "已是 int4 的文件，CPU",
-    "x: as fast as llama.cpp in the same run": "x：同一次运行中是 llama.cpp 的几倍",
+    "x: relative to llama.cpp in the same run": "x：同一次运行中与 llama.cpp 之比",
     NOT_YET: "尚未测量",
     "6.2B, on a CPU": "6.2B，CPU",
     "this package": "本项目",
     "beside it": "对比对象",
     "ratio": "比值",
+    "decode": "解码",
     "prefill of 512 tokens": "预填充 512 个 token",
     "decode, context of": "解码，上下文",
     "{cores} cores of {device} with {instructions}, {speeds} GB/s": "{device} 的 {cores} 个核心（{instructions}），{speeds} GB/s",  # noqa: E501
@@ -123,7 +121,15 @@ def decode(say, processor):
             predicted = first["ours_ms"] + row["limit_ms"] - first["limit_ms"]
             row["explained"] = f"{predicted / row['ours_ms']:.0%}"
     rows = rows_by_kind(records, "context", "ours_ms", "glm_ms", "ratio", "limit_ms", "explained")
-    header = ["", "context", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "limit, ms", "explained by bytes"]
+    header = [
+        "",
+        "context",
+        "ours, ms",
+        "GlmForCausalLM",
+        "GlmForCausalLM / ours",
+        "limit, ms",
+        "explained by bytes read",
+    ]
     return table(header, rows, records, "decode", say)
 
 
@@ -131,7 +137,7 @@ def prefill(say, processor):
     records = newest(processor, "prefill", "shape", "dtype", "device")
     rows = rows_by_kind(records, "length", "ours_ms", "glm_ms", "ratio", "share")
     rows = [[*row, f"{share:.0%}"] for *row, share in rows]
-    header = ["", "prompt", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "of the matmul rate"]
+    header = ["", "prompt", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "share of the matmul rate"]
     return table(header, rows, records, "prefill", say)
 
 
@@ -141,15 +147,15 @@ def throughput(say, processor):
     for row in (row for record in records for row in record["rows"]):
         row.update({key: row.get(key, "") for key in since})
     rows = rows_by_kind(records, "batch", "ours", "glm", "ratio", *since)
-    header = ["", "batch", "ours, tokens/s", "GlmForCausalLM", "times as fast"]
-    header += ["ours, continuous", "GlmForCausalLM", "times as fast"]
+    header = ["", "batch", "ours, tokens/s", "GlmForCausalLM", "ratio"]
+    header += ["ours, continuous", "GlmForCausalLM", "ratio"]
     return table(header, rows, records, "throughput", say)
 
 
 def memory(say, processor):
     records = newest(processor, "memory", "shape", "dtype", "device")
     rows = rows_by_kind(records, "length", "ours_mb", "chunked_mb", "glm_mb", "cache_mb")
-    header = ["", "prompt", "ours, MB", "ours in chunks, MB", "GlmForCausalLM, MB", "of it the cache, MB"]
+    header = ["", "prompt", "ours, MB", "ours in chunks, MB", "GlmForCausalLM, MB", "of which cache, MB"]
     return table(header, rows, records, "memory", say)
 
 
@@ -167,7 +173,7 @@ def overhead(say, processor):
         [weights(r["settings"]), r["settings"]["layers"], r["step_ms"], r["bare_ms"], f"{r['overhead']:.1%}"]
         for r in records
     ]
-    header = ["weights", "layers", "a step, ms", "its matrix products and attention, ms", "overhead"]
+    header = ["weights", "layers", "a step, ms", "matrix products and attention, ms", "overhead"]
     return table(header, rows, records, "overhead", say)
 
 
@@ -215,7 +221,7 @@ def quantized(say, processor):
             if original:
                 rows.append([name, say(ORIGINAL), *original])
     made = table(["weights", "computed by", *tasks], rows, records, "quantized", say)
-    return made and f"{made} ({say('tokens/s; x: as fast as llama.cpp')})"
+    return made and f"{made} ({say('tokens/s; x: relative to llama.cpp')})"
 
 
 def errors(say, processor):
@@ -224,7 +230,7 @@ def errors(say, processor):
     for record in records:
         for run in record["runs"]:
             seen[run["bits"], run["backend"]] = [*run["error"].values(), f"{run['share_of_memory_bandwidth']:.0%}"]
-            header = ["weights", "backend", *run["error"], "of the memory bandwidth"]
+            header = ["weights", "backend", *run["error"], "share of the bandwidth"]
     rows = [[f"int{bits}", backend, *cells] for (bits, backend), cells in sorted(seen.items())]
     return table(header, rows, records, "quantized", say) if rows else ""
 
@@ -233,7 +239,7 @@ def loading(say, processor):
     records = newest(processor, "loading")
     rows = rows_of(records, "bits", "peak_gb", "peak_with_a_forward_gb", "model_gb")
     rows = [[f"int{bits}" if bits else "float16", *row] for bits, *row in rows]
-    header = ["weights", "peak while loading, GB", "and with a forward pass, GB", "the model, GB"]
+    header = ["weights", "peak while loading, GB", "with a forward pass, GB", "model, GB"]
     return table(header, rows, records, "loading", say)
 
 
@@ -243,7 +249,7 @@ def footprint(say, processor):
     for record in records:
         name = with_head(weights(record["settings"]), record["settings"], say)
         rows.append([name, record["model_gb"], record["prompt_gb"], record["answer_gb"]])
-    header = ["weights", "the model, GB", "with a prompt of 2,048", "with an answer at 8,192"]
+    header = ["weights", "model, GB", "peak, prompt of 2,048", "peak, token at 8,192"]
     return table(header, rows, records, "footprint", say)
 
 
@@ -274,7 +280,7 @@ def start(say, processor):
     loaded = newest(HEADLINE, "loading")[:1]
     seconds = {row["bits"]: f"{row['seconds']} s" for record in loaded for row in record["rows"]}
     rows, records = [], list(loaded)
-    for name, call, kind, bits, small_head, load in START:
+    for name, call, kind, bits, small_head, source in START:
         record, run = whole_run(kind, bits, small_head)
         footprints = [
             record
@@ -288,22 +294,25 @@ def start(say, processor):
             speed = run["tokens_per_second"]["decode"]
             times = speed["ratios"].get("llama.cpp")
             cells[-1] = f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else "")
-        rows.append([say(name), f"`{call}`", *cells, seconds[bits] if load == "results" else load or say(NOT_YET)])
+        time = seconds[bits] if source == "results" else say(NOT_YET)
+        if source == "by hand":
+            cells[1], time = BY_HAND["peak"], BY_HAND["load"]
+        rows.append([say(name), f"`{call}`", *cells, time])
     header = ["you have", "call", "weights, GB", "peak, GB", "tokens/s", "load"]
-    note = say("x: as fast as llama.cpp in the same run")
+    note = say("x: relative to llama.cpp in the same run")
     return f"{markdown(header, rows, say)}\n\n{machines(records, say)} ({note})"
 
 
 HEADLINE = "AVX512-VNNI"  # the one of PROCESSORS whose figures the README shows
 LOAD, INT4 = "from_pretrained(...)", "from_pretrained(..., quantization_config=int4)"
-BY_HAND = "< 1 s"  # the files are mapped into memory, and read as they are used: docs/performance.md
-START = (  # the machine, the call, whose figures, bits, whether embedding and output layer are int8, seconds to load
+BY_HAND = {"peak": "7.1", "load": "< 1 s"}  # int4 files, which stay mapped: see docs/performance.md
+START = (  # machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from
     ("GPU, 16 GB", f"{LOAD}.half().cuda()", "GPU", 16, False, None),
     ("GPU, 6 GB", f"{INT4}.half().cuda()", "GPU", 4, False, None),
     ("CPU", f"{INT4}.half()", HEADLINE, 4, False, "results"),
     ("CPU, faster", f"{INT4}.half().quantize(4, embedding=True, output_layer=True)", HEADLINE, 4, True, None),
     ("CPU, not quantized", f"{LOAD}.bfloat16()", HEADLINE, 16, False, None),
-    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, BY_HAND),
+    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, "by hand"),
     ("Mac", f'{LOAD}.half().to("mps")', "other", 16, False, None),
 )
 
