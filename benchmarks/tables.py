@@ -356,17 +356,18 @@ def speed(say, processor):
 
 
 def headline():
-    """{name: figure as text}: what the READMEs' first screens claim."""
+    """The figures that the READMEs' first screens claim, with their units."""
     rows, _ = beside()
-    loaded = newest(HEADLINE, "loading")[0]["rows"]
+    loaded = {row["bits"]: row["peak_gb"] for row in newest(HEADLINE, "loading")[0]["rows"]}
     far = next(r for r in newest(HEADLINE, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")["rows"][-1]
-    return {
-        "int4, tokens/s": f"{rows[0][3]:.3g}",
-        "int4, prompt beside llama.cpp": f"{rows[1][-1]:.1f}",
-        "int4, peak while loading, GB": f"{next(row['peak_gb'] for row in loaded if row['bits'] == 4):g}",
-        "far, ours, s": f"{far['ours_ms'] / 1000:.2f}",
-        "far, GlmForCausalLM, s": f"{far['glm_ms'] / 1000:.2f}",
-    }
+    return [
+        f"{rows[0][3]:.3g} tokens/s",  # int4, decode
+        f" {rows[1][-1]:.1f} ",  # int4, prefill, times llama.cpp's speed
+        f"{loaded[4]:g} GB",
+        f"{far['context']:,} ",
+        f"{far['ours_ms'] / 1000:.2f} s",
+        f"{far['glm_ms'] / 1000:.2f} s",
+    ]
 
 
 MAKERS = (
