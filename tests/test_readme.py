@@ -147,7 +147,7 @@ def runnable():
             yield pytest.param(page, id=name, marks=[pytest.mark.tools] if name in NEED_TOOLS else [])
 
 
-@pytest.mark.needs_transformers("4.57", "all that the pages show")
+@pytest.mark.needs_transformers("5.0", "all that the pages print")
 @pytest.mark.parametrize("page", list(runnable()))
 def test_blocks_print_what_they_say(page, checkout):
     script = ""
