@@ -204,7 +204,7 @@ def main():
     add("--releases", nargs="+", metavar="NAME", help="4.44 (its last patch), 4.44.2, newest, tomorrow; otherwise all")
     add("--skip", metavar="FILE", help="leave out the release that this constraints file names")
     add("--core", action="store_true", help="the files of CORE alone")
-    add("--tests", nargs="+", default=[], help="files of tests, and options of pytest")
+    add("--tests", nargs="+", default=[], help="these files of tests")
     add("--jobs", type=int, default=1, help="releases at a time")
     add("--again", action="store_true", help="read the reports that are there, run only what has none")
     add("--prepare", action="store_true", help="make the environments, and run nothing")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -126,11 +127,18 @@ def test_prefix_is_initialised_and_said_so(released_folder):
     assert 0.018 < encoder.embedding.weight.float().std() < 0.022 and not encoder.trans[0].bias.any()
 
 
+OLD_NAME = pytest.mark.skipif("tests.tomorrow" in sys.modules, reason="AutoModel itself warns of torch_dtype")
+NEW_NAME = pytest.mark.needs_transformers("4.56", "dtype= in from_pretrained")
+
+
+@pytest.mark.parametrize(
+    "argument", [pytest.param("torch_dtype", marks=OLD_NAME), pytest.param("dtype", marks=NEW_NAME)]
+)
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
-def test_dtype_as_text(released_folder, name):
-    """torch_dtype may be a torch.dtype or its name."""
+def test_dtype_as_text(released_folder, name, argument):
+    """The dtype may be a torch.dtype or its name."""
     for dtype in (name, getattr(torch, name)):
-        model = AutoModel.from_pretrained(released_folder, trust_remote_code=True, torch_dtype=dtype)
+        model = AutoModel.from_pretrained(released_folder, trust_remote_code=True, **{argument: dtype})
         assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
 
 

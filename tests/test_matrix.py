@@ -32,6 +32,10 @@ def test_every_mark_is_read():
     assert len(matrix.marks()) == marks > 20
 
 
+def test_core_files_are_there():
+    assert [file for file in matrix.CORE if not (ROOT / "tests" / f"test_{file}.py").exists()] == []
+
+
 def test_pages_get_the_table_and_its_line(tmp_path, monkeypatch):
     counts = {"passed": 40, "failed": 0, "not offered": 3, "skipped": 1}
     results = {"4.30.2": ("whole", counts, []), "tomorrow": ("core", {**counts, "failed": 2}, ["a", "b"])}
