@@ -9,6 +9,7 @@ kernels of `quantization`, and what `configuration_chatglm` needs, they stand he
     from .quantization_cpm import linear
     from .quantization_cpu import linear
     from .quantization_cpu_source import source
+    from .quantization_format import pack
     from .quantization_stock import linear
     from .quantization_triton import linear
     from .serving_chatglm import lend_architectures
@@ -31,7 +32,7 @@ from .cache_chatglm import give_room
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatMixin
 from .quantization import quantize
-from .quantization_loading import float_weights  # importing it registers quant_method "chatglm"
+from .quantization_loading import missing_quantized_weights_error  # importing it registers quant_method "chatglm"
 from .torch_compat import rms_norm
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
@@ -316,11 +317,12 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
             if not hasattr(config, "quantization_bit"):
                 config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **kwargs)
             if config.quantization_bit and any(word in str(error) for word in ("mismatch", "held as torch.int8")):
-                raise float_weights(config.quantization_bit, "tensors of other shapes or dtypes") from error
+                found = "tensors of other shapes or dtypes"
+                raise missing_quantized_weights_error(config.quantization_bit, found) from error
             raise
         unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
         if unscaled:  # and float weights, which most releases of transformers have truncated to int8 by now
-            raise float_weights(model.config.quantization_bit, f"no {unscaled[0]}")
+            raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
         model.base_model.freeze_below_prefix()  # loading may put new parameters in the old ones' place
         return (model, report) if output_loading_info else model
 
