@@ -29,6 +29,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from .quantization_format import Family
+
 SKINNY_ROWS = 16  # up to here x is one tile wide, and the columns may be split
 MAX_SPLITS = 8
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -284,3 +286,6 @@ def kernels() -> dict:
         "matmul": tuned(matmul, ("BLOCK_N", "BLOCK_O", "BLOCK_P"), tiles),
         "sum_splits": jit(_sum_splits),
     }
+
+
+FAMILY = Family(linear, unavailable)

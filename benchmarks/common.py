@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "export")]
 import conftest  # noqa: E402, F401  (makes the repository importable as `chatglm2`)
-from chatglm2 import quantization, quantization_cpu  # noqa: E402, F401
+from chatglm2 import quantization, quantization_cpu, quantization_format  # noqa: E402, F401
 from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
 from chatglm2.transformers_compat import grow_in_place  # noqa: E402

@@ -30,7 +30,7 @@ if "chatglm2" not in sys.modules:  # run as a program, without conftest.py
     sys.modules["chatglm2"].__path__ = [str(ROOT)]
 
 from chatglm2 import quantization_cpm, quantization_triton  # noqa: E402
-from chatglm2.quantization import dequantize_weight, quantize_weight  # noqa: E402
+from chatglm2.quantization_format import dequantize_weight, quantize_weight  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
