@@ -168,7 +168,7 @@ def plan(rows: int, out: int, width: int, bits: int, dtype: torch.dtype, group: 
     programs = (-(-out // tile.outs),)
     if kernel != "matvec":
         nvidia = device.type == "cuda" and not torch.version.hip
-        constants.update(BLOCK_N=tile.rows, PTX=PTX[dtype] if nvidia else None)
+        constants.update(BLOCK_N=tile.rows, PTX=PTX[bits, dtype] if nvidia else None)
     if kernel == "skinny":
         constants.update(SLICES=tile.slices)
     if kernel == "tile":  # the tiles of x take turns at one tile of the weight, which stays in the cache
@@ -185,11 +185,12 @@ def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
 
 # ---- the kernels: plain functions until `kernels` wraps them, so that importing this file imports no Triton ---------
 
-# Four bytes of int4 ($4) to their even columns ($0, $1) and their odd ones ($2, $3), as pairs of x's dtype: what
-# `_int4_half` says, two weights an instruction, which the compiler does not find by itself. A pair of nibbles becomes
-# the low mantissa bits of 1024 (float16) or 128 (bfloat16), its sign bits flipped; 0x6a is (a & b) ^ c.
+# Four bytes of a weight, the last operand, to their columns as pairs of x's dtype: int4 to the even columns ($0, $1)
+# and the odd ones ($2, $3), int8 to $0 and $1. It is what `_int4_half` and `_int8_half` say, two weights at a time,
+# which the compiler does not find by itself. An integer with its sign bit flipped becomes the low mantissa bits of 1024
+# (float16), 128 (bfloat16) or 2^23 (int8 for bfloat16, whose mantissa is too short); lop3 0x6a is (a & b) ^ c.
 PTX = {
-    torch.float16: """{
+    (4, torch.float16): """{
         .reg .b32 a, b, c, d;
         prmt.b32 a, $4, 0, 0x4140;
         prmt.b32 b, $4, 0, 0x4342;
@@ -205,7 +206,7 @@ PTX = {
         add.rn.f16x2 $2, $2, d;
         add.rn.f16x2 $3, $3, d;
     }""",
-    torch.bfloat16: """{
+    (4, torch.bfloat16): """{
         .reg .b32 a, b, c, d;
         prmt.b32 a, $4, 0, 0x4140;
         prmt.b32 b, $4, 0, 0x4342;
@@ -221,6 +222,32 @@ PTX = {
         fma.rn.bf16x2 $1, $1, c, d;
         fma.rn.bf16x2 $2, $2, c, d;
         fma.rn.bf16x2 $3, $3, c, d;
+    }""",
+    (8, torch.float16): """{
+        .reg .b32 a, b, c;
+        xor.b32 a, $2, 0x80808080;
+        mov.b32 b, 0x64646464;
+        mov.b32 c, 0xe480e480;
+        prmt.b32 $0, a, b, 0x4140;
+        prmt.b32 $1, a, b, 0x4342;
+        add.rn.f16x2 $0, $0, c;
+        add.rn.f16x2 $1, $1, c;
+    }""",
+    (8, torch.bfloat16): """{
+        .reg .b32 a, b, c, d, e, f, g;
+        xor.b32 a, $2, 0x80808080;
+        mov.b32 b, 0x4b000000;
+        mov.b32 c, 0xcb000080;
+        prmt.b32 d, a, b, 0x7440;
+        prmt.b32 e, a, b, 0x7441;
+        prmt.b32 f, a, b, 0x7442;
+        prmt.b32 g, a, b, 0x7443;
+        add.rn.f32 d, d, c;
+        add.rn.f32 e, e, c;
+        add.rn.f32 f, f, c;
+        add.rn.f32 g, g, c;
+        prmt.b32 $0, d, e, 0x7632;
+        prmt.b32 $1, f, g, 0x7632;
     }""",
 }
 
@@ -261,9 +288,13 @@ def _int4_half(packed, X: tl.constexpr, PTX: tl.constexpr):
         return even.to(X), odd.to(X)
 
 
-def _int8_half(byte, X: tl.constexpr):
-    """`_int8` in X, float16 or bfloat16."""
-    if X == tl.float16:
+def _int8_half(byte, X: tl.constexpr, PTX: tl.constexpr):
+    """`_int8` in X, float16 or bfloat16. PTX: as for `_int4_half`."""
+    if PTX is not None and X == tl.float16:
+        return tl.inline_asm_elementwise(PTX, "=&r,=&r,r", [byte], tl.float16, is_pure=True, pack=4)
+    elif PTX is not None:
+        return tl.inline_asm_elementwise(PTX, "=&r,=&r,r", [byte], tl.bfloat16, is_pure=True, pack=4)
+    elif X == tl.float16:
         return (((byte.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.int16).to(X, bitcast=True) - 1152.0).to(X)
     else:
         return _int8(byte).to(X)
@@ -363,7 +394,7 @@ def _skinny(
             sums = tl.dot(w_even, x_even, sums)
             sums = tl.dot(w_odd, x_odd, sums)
         else:
-            w_all = _int8_half(w, X)
+            w_all = _int8_half(w, X, PTX)
             if GROUP:
                 w_all = (w_all.to(tl.float32) * scales).to(X)
             sums = tl.dot(w_all, x, sums)
@@ -407,7 +438,7 @@ def _tile(
             sums = tl.dot(w_even, x, sums)
             sums = tl.dot(w_odd, x_odd, sums)
         else:
-            w_all = _int8_half(w, X)
+            w_all = _int8_half(w, X, PTX)
             if GROUP:
                 w_all = (w_all.to(tl.float32) * scales).to(X)
             sums = tl.dot(w_all, x, sums)

@@ -101,10 +101,11 @@ def filled_cache(model, context, cache=None):
         cache = DynamicCache()
         if isinstance(model, ChatGLMForConditionalGeneration):
             give_room(cache)
-    config, generator = model.config, torch.Generator().manual_seed(0)
+    config, device = model.config, model.device
+    generator = torch.Generator(device).manual_seed(0)
     size = (1, config.num_key_value_heads, context, config.head_dim)
     for layer in range(config.num_hidden_layers):
-        key, value = (torch.randn(size, generator=generator).to(model.device, model.dtype) for _ in range(2))
+        key, value = (torch.randn(size, generator=generator, device=device).to(model.dtype) for _ in range(2))
         cache.update(key, value, layer)
     return cache
 

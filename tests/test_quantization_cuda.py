@@ -187,16 +187,15 @@ def test_triton_edges(interpreted):
 # ---- Triton: machine code, ahead of time ----------------------------------------------------------------------------
 
 
-def compile_triton(capability, name, rows, bits, dtype, group):
-    """`quantization_triton`'s own choice of tile and constants, for a card that is not there: (kernel, Tile)."""
+def compile_triton(capability, rows, bits, dtype, group=0):
+    """(kernel's name, its Tile, the build) that `quantization_triton` chooses, for a card that need not be there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     kernels, width, out = quantization_triton.kernels(), 2048, 4096
-    named, _, constants = quantization_triton.plan(rows, out, width, bits, dtype, group, torch.device("cpu"))
-    assert named == name
+    name, _, constants = quantization_triton.plan(rows, out, width, bits, dtype, group, torch.device("cpu"))
     if "PTX" in constants:
-        constants = {**constants, "PTX": quantization_triton.PTX[dtype]}
+        constants = {**constants, "PTX": quantization_triton.PTX[bits, dtype]}
     options = {key: constants[key] for key in ("num_warps", "num_stages", "enable_fp_fusion")}
     kernel, pointer = kernels[name], {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     types_ = {key: pointer for key in ("x_ptr", "scale_ptr", "bias_ptr", "y_ptr")} | {"weight_ptr": "*i8"}
@@ -207,7 +206,8 @@ def compile_triton(capability, name, rows, bits, dtype, group):
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     constants = {(names.index(n),): value for n, value in constants.items() if n not in options}
     source = ASTSource(kernel, signature, constants, attributes)
-    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return name, quantization_triton.tile_for(name, rows, out, bits), built
 
 
 @needs_triton
@@ -222,7 +222,8 @@ def test_triton_compiles_for_the_card(capability, tmp_path, monkeypatch):
     ):
         if capability < 80 and name != "matvec":
             continue  # as `has_tensor_cores` says
-        built = compile_triton(capability, name, rows, bits, dtype, group)
+        named, _, built = compile_triton(capability, rows, bits, dtype, group)
+        assert named == name
         assert built.asm["cubin"][:4] == b"\x7fELF"
         assert built.metadata.shared <= 99 << 10  # what a block may have on a card for games
         ptx = built.asm["ptx"]
@@ -231,60 +232,52 @@ def test_triton_compiles_for_the_card(capability, tmp_path, monkeypatch):
             assert re.search(r"ld\.global\.L1::evict_first[\w.:]*v4\.b32", ptx)
         else:
             assert "mma" in ptx
-            assert re.search(r"cp\.async\.cg\.shared\.global[\w.: ]*\[[^,]*, 0x10|cp\.async[^;]*, 16|0x10", ptx)
+            assert re.search(r"cp\.async\.cg\.shared\.global[^;]*, 0x10,", ptx)  # in runs of 16 bytes
 
 
-def test_int4_instructions_are_exact():
-    """PTX's instructions for 4 bytes of int4, in numpy: every byte, in both dtypes."""
+@pytest.mark.parametrize("bits, dtype", quantization_triton.PTX)
+def test_instructions_are_exact(bits, dtype):
+    """PTX's instructions for 4 bytes of a weight, run in numpy on every byte; nothing may be rounded on the way."""
     import numpy
 
-    bytes_ = numpy.arange(256, dtype=numpy.uint8)
-    words = numpy.frombuffer(numpy.concatenate([numpy.roll(bytes_, i) for i in range(4)]).tobytes(), numpy.uint32)
-    wanted_even = (words.view(numpy.int8) >> 4).astype(float)
-    wanted_odd = ((words.view(numpy.int8) << 4) >> 4).astype(float)
+    words = numpy.concatenate([numpy.roll(numpy.arange(256, dtype=numpy.uint8), i) for i in range(4)])
+    signed = words.view(numpy.int8)
+    wanted = [signed >> 4, (signed << 4) >> 4] if bits == 4 else [signed]
+    words = words.view(numpy.uint32)
+    held = {"$4" if bits == 4 else "$2": words}
 
-    def halves(word, kind):
-        pair = torch.from_numpy(word.view(numpy.int16).copy())
-        return pair.view(torch.float16 if kind == "f16x2" else torch.bfloat16).double()
+    def value(key):
+        return held[key] if key in held else numpy.full_like(words, int(key, 0))
 
-    def packed(values, kind):
-        rounded = values.to(torch.float16 if kind == "f16x2" else torch.bfloat16)
-        assert torch.equal(rounded.double(), values)  # nothing is lost on the way
-        return rounded.view(torch.int16).numpy().view(numpy.uint32)
+    def floats(word, kind):
+        dtype = {"f16x2": torch.float16, "bf16x2": torch.bfloat16, "f32": torch.float32}[kind]
+        return torch.from_numpy(word.view(numpy.int32)).view(dtype).double()
 
-    for dtype, text in quantization_triton.PTX.items():
-        held = {"$4": words}
+    def exactly(values, kind):
+        dtype = {"f16x2": torch.float16, "bf16x2": torch.bfloat16, "f32": torch.float32}[kind]
+        assert torch.equal(values.to(dtype).double(), values)
+        return values.to(dtype).view(torch.int32).numpy().view(numpy.uint32)
 
-        def value(key, held=held):
-            return held[key] if key in held else numpy.uint32(int(key, 0))
-
-        for line in text.split(";"):
-            name, _, rest = line.strip(" {}\n").partition(" ")
-            parts = [part.strip() for part in rest.split(",")]
-            name, kind = name.partition(".")[0], name.rpartition(".")[2]
-            if name == "prmt":
-                sources = value(parts[1]).view(numpy.uint8).reshape(-1, 4)
-                sources = numpy.concatenate([sources, numpy.zeros_like(sources)], axis=1)
-                assert parts[2] == "0"
-                chosen = [int(parts[3], 0) >> 4 * i & 7 for i in range(4)]
-                held[parts[0]] = numpy.ascontiguousarray(sources[:, chosen]).view(numpy.uint32)[:, 0]
-            elif name == "lop3":
-                assert parts[4] == "0x6a"
-                held[parts[0]] = value(parts[1]) & value(parts[2]) ^ value(parts[3])
-            elif name == "shr":
-                held[parts[0]] = value(parts[1]) >> value(parts[2])
-            elif name == "mov":
-                held[parts[0]] = numpy.full_like(words, value(parts[1]))
-            elif name in ("fma", "add"):
-                a, *b, c = (halves(value(part), kind) for part in parts[1:])
-                held[parts[0]] = packed(a * b[0] + c if b else a + c, kind)
-            else:
-                assert line.strip().startswith(("{", "}")) or not line.strip(), line
-        kind = "f16x2" if dtype == torch.float16 else "bf16x2"
-        for wanted, first in ((wanted_even, "$0"), (wanted_odd, "$2")):
-            second = f"${int(first[1]) + 1}"
-            got = numpy.stack([halves(held[key], kind).numpy().reshape(-1, 2) for key in (first, second)], axis=1)
-            assert (got.reshape(-1) == wanted).all()
+    for line in quantization_triton.PTX[bits, dtype].strip("{} \n").split(";"):
+        name, _, operands = line.strip().partition(" ")
+        name, kind = name.partition(".")[0], name.rpartition(".")[2]
+        target, *sources = (part.strip() for part in operands.split(","))
+        if name == "prmt":
+            taken = numpy.concatenate([value(source).view(numpy.uint8).reshape(-1, 4) for source in sources[:2]], 1)
+            taken = taken[:, [int(sources[2], 0) >> 4 * i & 7 for i in range(4)]]
+            held[target] = numpy.ascontiguousarray(taken).view(numpy.uint32)[:, 0]
+        elif name in ("lop3", "xor", "shr", "mov"):
+            assert name != "lop3" or sources.pop() == "0x6a"
+            a, b, c = (*map(value, sources), None, None)[:3]
+            held[target] = a & b ^ c if name == "lop3" else a ^ b if name == "xor" else a >> b if name == "shr" else a
+        elif name in ("fma", "add"):
+            a, *b, c = (floats(value(source), kind) for source in sources)
+            held[target] = exactly(a * b[0] + c if b else a + c, kind)
+        else:
+            assert name in ("", "{") or line.strip().startswith(".reg"), line
+    for first, columns in zip((0, 2), wanted):
+        pairs = [floats(held[f"${i}"], "f16x2" if dtype == torch.float16 else "bf16x2") for i in (first, first + 1)]
+        assert (torch.stack([pair.view(-1, 2) for pair in pairs], 1).flatten().numpy() == columns).all()
 
 
 # ---- CUDA C: values, through `linear`, with g++ standing in for NVRTC and fibers for the card -----------------------
