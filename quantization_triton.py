@@ -67,27 +67,17 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
             return linear(x, weight, weight_scale, bias, bits)
     rows, (out, width) = x.shape[0], weight.shape  # width: bytes a row
     group = width // weight_scale.shape[1] if weight_scale.dim() == 2 else 0  # bytes under one scale, 0: the whole row
-    kernel, grid, constants = plan(rows, out, width, bits, x.dtype, group, x.device)
-    if kernel is None:
+    kernel, launch = plan(rows, out, width, bits, x.dtype, group, x.device)
+    if launch is None:
         return dequantized_linear(x, weight, weight_scale, bias, bits, group)
-    y = torch.empty((rows, out), dtype=x.dtype, device=x.device)
+    y = x.new_empty(rows, out)
     if kernel == "tile" and bits == 4:  # [N, even columns | odd columns]: tiles that load without a stride
         x = x.view(rows, width, 2).transpose(1, 2).contiguous()
     elif bits == 4 and x.data_ptr() % (2 * x.element_size()):  # it is read in words of an even and an odd column
         x = x.clone()
     # one build with and without a bias: where there is none, a pointer stands for it that is not read
-    arguments = (
-        x,
-        weight,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        y,
-        rows,
-        width,
-        out,
-        int(bias is not None),
-    )
-    kernels()[kernel][grid](*arguments, **constants)
+    bias_or_any, has_bias = (weight_scale, 0) if bias is None else (bias, 1)
+    launch(x, weight, weight_scale, bias_or_any, y, rows, width, out, has_bias)
     return y
 
 
@@ -143,7 +133,7 @@ def tile_for(kernel: str, rows: int, out: int, bits: int) -> Tile:
 
 @functools.lru_cache(4096)
 def plan(rows: int, out: int, width: int, bits: int, dtype: torch.dtype, group: int, device: torch.device) -> tuple:
-    """(name of the kernel or None: restore the weight, grid, constants) for a product."""
+    """(name of the kernel, its launch without the tensors) for a product; launch is None: restore the weight."""
     if dtype not in DTYPES:
         raise TypeError(f"x is {dtype}: the Triton kernels take {', '.join(map(str, DTYPES))}")
     tensor_cores = has_tensor_cores(dtype, device)
@@ -151,7 +141,7 @@ def plan(rows: int, out: int, width: int, bits: int, dtype: torch.dtype, group: 
     if not tensor_cores:
         kernel = "matvec" if rows == 1 else None
     if kernel is None or 0 in (rows, out, width):
-        return None, None, None
+        return kernel, None
     tile = tile_for(kernel, rows, out, bits)
     language = kernels()["tl"]
     constants = dict(
@@ -173,7 +163,7 @@ def plan(rows: int, out: int, width: int, bits: int, dtype: torch.dtype, group: 
         constants.update(SLICES=tile.slices)
     if kernel == "tile":  # the tiles of x take turns at one tile of the weight, which stays in the cache
         programs = (-(-rows // tile.rows), *programs)
-    return kernel, programs, constants
+    return kernel, functools.partial(kernels()[kernel][programs], **constants)
 
 
 def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:

@@ -193,7 +193,8 @@ def compile_triton(capability, rows, bits, dtype, group=0):
     from triton.compiler import ASTSource, compile
 
     kernels, width, out = quantization_triton.kernels(), 2048, 4096
-    name, _, constants = quantization_triton.plan(rows, out, width, bits, dtype, group, torch.device("cpu"))
+    name, launch = quantization_triton.plan(rows, out, width, bits, dtype, group, torch.device("cpu"))
+    constants = launch.keywords
     if "PTX" in constants:
         constants = {**constants, "PTX": quantization_triton.PTX[bits, dtype]}
     options = {key: constants[key] for key in ("num_warps", "num_stages", "enable_fp_fusion")}
