@@ -11,6 +11,7 @@ shapes with random weights. GPU time is that of a CUDA graph, captured from the 
 part in it. `read` is the share of the bandwidth of a copy that the bytes reach, weights and cache.
 """
 
+import argparse
 import contextlib
 import cProfile
 import importlib
@@ -31,7 +32,9 @@ import traceback
 from pathlib import Path
 
 import torch
-from common import (
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU does not start CUDA, which a fork may not inherit
+from common import (  # noqa: E402
     ROOT,
     cache_bytes,
     filled_cache,
@@ -88,6 +91,7 @@ def arguments(parser):
     parser.add_argument("--only", default="env,tests|answers|memory,profile,graph,layers,prefill,tune,generate")
     parser.add_argument("--limit", type=float, default=480, help="seconds for all stages together")
     parser.add_argument("--dry", action="store_true", help="on a CPU, in tiny shapes")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
 
 
 class Run:
@@ -571,20 +575,32 @@ def generate_times(run, kind, options):
 
 
 def begin_stage(args, stage):
-    """A process that is this one's copy: it need not import anything again. It has not touched the GPU yet."""
+    """A process that is this one's copy, and need not import anything again; a new one where CUDA refuses a copy."""
 
     def work():
         os.setsid()  # what it starts ends with it
-        torch.manual_seed(0)
-        globals()[stage](Run(args, stage))
+        try:
+            if not args.dry:
+                torch.zeros(1, device="cuda")
+        except RuntimeError as error:
+            Run(args, stage).say("begins anew", reason=str(error)[:200])
+            os.execv(sys.executable, [sys.executable, *sys.argv, "--stage", stage])
+        run_stage(args, stage)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
 
 
+def run_stage(args, stage):
+    torch.manual_seed(0)
+    globals()[stage](Run(args, stage))
+
+
 def run(args):
     args.out = args.out and args.out.absolute()
+    if args.stage:
+        return run_stage(args, args.stage)
     end = time.monotonic() + args.limit
     for group in args.only.split(","):
         stages = {stage: min(time.monotonic() + LIMITS[stage], end) for stage in group.split("|")}
