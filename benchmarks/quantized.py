@@ -46,7 +46,7 @@ def arguments(parser):
 def feed(model, tokens, cache=None):
     """Pass so many tokens, and return the cache."""
     ids = torch.arange(100, 100 + tokens, device=model.device)[None]
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    return model(ids, cache=cache, use_cache=True, logits_to_keep=1).cache
 
 
 def time_ours(model, task):
