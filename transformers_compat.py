@@ -103,7 +103,10 @@ def cache_size(cache, new):
     seen = cache.get_seq_length()
     if not is_static(cache):
         return seen, seen + new
-    return seen, getattr(cache, "get_max_cache_shape", getattr(cache, "get_max_length", None))()  # its names, in turns
+    names = ["get_max_cache_shape", "get_max_length"]  # the second from 5.9 on, and before 4.46
+    if VERSION >= (5, 0):
+        names.reverse()
+    return seen, getattr(cache, next(name for name in names if hasattr(cache, name)))()
 
 
 def cache_kwargs(cache, new, device, cache_position=None):
