@@ -1,10 +1,10 @@
-# make chat    a chat with the toy checkpoint, in a virtual environment of its own      make chat ARGS="--quantize 4"
+# make chat    a chat with the tiny checkpoint, in a virtual environment of its own     make chat ARGS="--quantize 4"
 # make web     the same in the browser                                                   make web ARGS="--port 8080"
 # make test    the tests
-# make tools   the tests with the tools around the model: servers, browser, TRL, lm_eval, llama.cpp; some 500 MB more
-# make lint    ruff, and a look for files over 12 MB
+# make tools   the tests with the tools around the model: servers, browser, TRL, lm_eval, llama.cpp; about 500 MB more
+# make lint    ruff, and a check for files over 12 MB
 # make matrix  the tests on every minor release of transformers       make matrix ARGS="--releases 4.44 newest tomorrow"
-# make tiny    train the toy checkpoint again
+# make tiny    train the tiny checkpoint again
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python

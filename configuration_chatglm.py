@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
-from .transformers_compat import register_for_serve
+from .transformers_compat import ConfigFallbacks, register_for_serve
 
 if TYPE_CHECKING:  # the Hugging Face loader copies the files that are imported here, and not what those import in turn
     from .torch_compat import is_compiling  # noqa: F401
@@ -13,7 +13,7 @@ ROPE_RATIO_TYPES = ("linear", "base")
 QUANTIZATION_BITS = (0, 4, 8)
 
 
-class ChatGLMConfig(PretrainedConfig):
+class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
     """Shape and flags of a ChatGLM2 model; the defaults are those of ChatGLM2-6B.
 
     The released names (left) are what is stored; the standard names of transformers (right) read and write the same

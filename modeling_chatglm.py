@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the Hugging Face loader copies the files that are imported 
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
     from .quantization_cpu_source import source  # noqa: F401
+    from .quantization_format import pack  # noqa: F401
     from .quantization_loading import ChatGLMQuantizer  # noqa: F401
     from .quantization_stock import linear as linear_stock  # noqa: F401
     from .quantization_triton import linear as linear_triton  # noqa: F401

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .configuration_chatglm import ChatGLMConfig
 from .quantization import quantize
-from .quantization_loading import float_weights  # importing it registers quant_method "chatglm"
+from .quantization_loading import missing_quantized_weights_error  # importing it registers quant_method "chatglm"
 from .transformers_compat import ModelFallbacks
 
 
@@ -71,11 +71,13 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
             if not hasattr(config, "quantization_bit"):
                 config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **kwargs)
             if config.quantization_bit and any(word in str(error) for word in ("mismatch", "held as torch.int8")):
-                raise float_weights(config.quantization_bit, "tensors of other shapes or dtypes") from error
+                raise missing_quantized_weights_error(
+                    config.quantization_bit, "tensors of other shapes or dtypes"
+                ) from error
             raise
         unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
         if unscaled:  # and float weights, which most releases of transformers have truncated to int8 by now
-            raise float_weights(model.config.quantization_bit, f"no {unscaled[0]}")
+            raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
         model.base_model.freeze_below_prefix()  # loading may put new parameters in the old ones' place
         return (model, report) if output_loading_info else model
 

@@ -1,215 +1,133 @@
-"""INT8 and INT4 weights: the released checkpoints' format, the layers that hold it, and the op that multiplies by it.
+"""INT8 and INT4 layers for any device: the op that multiplies by quantized weights, the layers, and `quantize()`.
 
-Format. Symmetric, one scale an output row: scale = max|w| / 127 (int8) or / 7 (int4), in the weight's dtype, and
-q = round_half_even(w / scale). `weight` is int8 [out, in]; in int4 it is [out, in / 2], two columns a byte, the even
-column in the high nibble: (q[2j] & 15) << 4 | (q[2j + 1] & 15). `weight_scale` is [out], or [out, in / group_size]
-where every group_size inputs have a scale of their own (better int4, and not the released format).
-
-A kernel family is a file, `quantization_<family>.py`, behind the one op `chatglm::quantized_linear`.
+`quantization_format` defines the weights. A kernel family is a file `quantization_<name>.py` that ends in a record,
+`FAMILY`; the op `chatglm::quantized_linear` chooses one of them by device. To add a family: write its file, give it a
+line in `FAMILIES`, and name it where modeling_chatglm.py lists the files that the Hugging Face loader copies.
 """
 
 import functools
+import importlib
+import threading
 import warnings
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from dataclasses import dataclass
+from typing import Callable, Dict, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .torch_compat import autocast_dtype, is_compiling, is_watched
+from .quantization_format import Family, check_bits, check_weight, dequantize_weight, quantize_weight, reference_linear
+from .torch_compat import autocast_dtype, is_compiling, needs_dispatch
 
 LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the four linear layers of every block
-LIMIT = {8: 127, 4: 7}  # bits -> the largest |q|
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what a layer multiplies
-CHUNK = 1 << 22  # weights rounded or restored at a time: what keeps the peak at one layer
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of inputs
+RELEASED = ""  # the layout of the released checkpoints; every other layout has the name of its family
 
 
-# ---- the format -----------------------------------------------------------------------------------------------------
+# ---- the kernel families --------------------------------------------------------------------------------------------
 
-
-def check_bits(bits: int, in_features: int = 2, group_size: Optional[int] = None) -> None:
-    """Raise ValueError where `bits`, or groups of `group_size`, cannot hold rows of `in_features` weights."""
-    if bits not in LIMIT:
-        raise ValueError(f"bits={bits!r}: weights are held in 8 or 4 bits; 0 leaves the model as it is")
-    if bits == 4 and in_features % 2:
-        raise ValueError(
-            f"in_features={in_features} is odd, and int4 packs two columns a byte: leave it out with skip="
-        )
-    if group_size is not None and (group_size < 2 or group_size % 2 or in_features % group_size):
-        raise ValueError(f"group_size={group_size} must be even and divide in_features={in_features}: try 32 or 128")
-
-
-def pack(q: Tensor) -> Tensor:
-    """int8 [out, in] of values -8..7 -> int8 [out, in / 2], the even column in the high nibble."""
-    return (q[:, 0::2] & 15) << 4 | (q[:, 1::2] & 15)
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """int8 [out, in / 2] -> int8 [out, in] of values -8..7: the reverse of `pack`."""
-    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
-
-
-@torch.no_grad()
-def quantize_weight(weight: Tensor, bits: int, group_size: Optional[int] = None) -> Tuple[Tensor, Tensor]:
-    """Round a float weight [out, in] to (int8 weight in the released packing, scale [out] or [out, in / group_size]).
-
-    Division and rounding are done in the weight's dtype, as the released files were; what bfloat16 rounds up to 128 is
-    held at 127, and a row of zeros has scale 0. Raises ValueError on nan, inf and weights that hold no values.
-    """
-    check_bits(bits, weight.shape[1], group_size)
-    if weight.is_meta:
-        raise ValueError("the weight is on the meta device and holds no values yet: load the checkpoint first")
-    out, columns = weight.shape
-    group = group_size or columns
-    packed = torch.empty(out, columns * bits // 8, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(out, columns // group if group else 1, dtype=weight.dtype, device=weight.device)
-    rows = max(CHUNK // max(columns, 1), 1)
-    for i in range(0, out if columns else 0, rows):
-        w = weight[i : i + rows].reshape(-1, columns // group, group)
-        scale[i : i + rows] = w.abs().amax(dim=2) / LIMIT[bits]
-        s = scale[i : i + rows, :, None]
-        q = (w / torch.where(s == 0, 1, s)).float().round_().clamp_(-LIMIT[bits], LIMIT[bits]).to(torch.int8).flatten(1)
-        packed[i : i + rows] = q if bits == 8 else pack(q)
-    if not scale.isfinite().all():
-        raise ValueError("the weight holds nan or inf, which cannot be quantized: repair the checkpoint, or use skip=")
-    return packed, scale if group_size else scale[:, 0].contiguous()
-
-
-def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int, dtype: Optional[torch.dtype] = None) -> Tensor:
-    """The float weight [out, in] = q * scale, each product rounded once to `dtype` (default: the scale's dtype)."""
-    dtype = dtype or weight_scale.dtype
-    q = (unpack(weight) if bits == 4 else weight).to(dtype)
-    if weight_scale.dim() == 1:
-        return q * weight_scale.to(dtype)[:, None]
-    return (q.unflatten(1, (weight_scale.shape[1], -1)) * weight_scale.to(dtype)[:, :, None]).flatten(1)
-
-
-# ---- the op ---------------------------------------------------------------------------------------------------------
-
-
-def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
-    """x [N, in] times the dequantized weight [out, in], transposed, plus bias [out]: what every kernel is held to.
-
-    Float32 on a CPU, where half precision is slower and no more exact; x's own dtype elsewhere.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-    y = F.linear(x.to(dtype), dequantize_weight(weight, weight_scale, bits, dtype))
-    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
-
-
-BACKENDS = ("auto", "triton", "cpm", "cpu", "stock", "torch")
-FAMILIES = {"cpu": ("cpu", "stock"), "cuda": ("triton", "cpm")}  # in the order "auto" tries them
-
-
-class Family(NamedTuple):
-    """What a kernel family's file gives; the last three where its kernel reads weights in a layout of its own."""
-
-    linear: Callable  # as `reference_linear`
-    unavailable: Callable  # device -> None, or why it cannot run there
-    readable: Callable = lambda *_: False  # out_features, in_features, bits, group_size -> whether the layout holds it
-    to_layout: Optional[Callable] = None  # weight, bits -> the weight in the layout
-    from_layout: Optional[Callable] = None  # layout, out_features, in_features, bits -> the weight
-
-    def laid_out(self, weight: Tensor, in_features: int, bits: int, group_size: Optional[int]) -> Tensor:
-        """A weight in the released packing, in the layout where it holds these weights, else as it is."""
-        if not self.readable(weight.shape[0], in_features, bits, group_size):
-            return weight
-        with torch.inference_mode(False):  # what is made under it could not be trained on later
-            return self.to_layout(weight, bits)
+FAMILIES = {  # name -> the type of device that it runs on, in the order in which "auto" tries them
+    "triton": "cuda",
+    "cpm": "cuda",
+    "cpu": "cpu",
+    "stock": "cpu",
+}
+BACKENDS = ("auto", *FAMILIES, "torch")
 
 
 @functools.lru_cache(None)
 def family(name: str) -> Family:
-    """The kernel family `name`; its file is imported when it is first asked for."""
-    if name == "triton":
-        from .quantization_triton import linear, unavailable
-
-        return Family(linear, unavailable)
-    if name == "cpm":
-        from .quantization_cpm import linear, unavailable
-
-        return Family(linear, unavailable)
-    if name == "cpu":
-        from .quantization_cpu import from_layout, linear, readable, to_layout, unavailable
-
-        return Family(linear, unavailable, readable, to_layout, from_layout)
-    if name == "stock":
-        from .quantization_stock import from_layout, linear, readable, to_layout, unavailable
-
-        return Family(linear, unavailable, readable, to_layout, from_layout)
-    return Family(reference_linear, lambda device: None)  # "torch"
+    """The kernel family `name`. Its file is imported on first use."""
+    if name == "torch":
+        return Family(reference_linear, lambda device: None)
+    return importlib.import_module(f".quantization_{name}", __package__).FAMILY
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError where nobody knows `backend`."""
+    """Raise ValueError for an unknown backend."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
+        raise ValueError(f"backend={backend!r} is unknown: choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
 
 
 @functools.lru_cache(None)
 def choose(backend: str, device: torch.device) -> str:
-    """The family that computes `backend` on `device`; ValueError where a named one cannot run there, with the cure."""
+    """The family to use for `backend` on `device`. ValueError, with the cure, if a named family cannot run there."""
     check_backend(backend)
     if backend != "auto":
         reason = family(backend).unavailable(device)
         if reason:
             raise ValueError(f"backend={backend!r} cannot run on {device}: {reason}")
         return backend
-    for name in FAMILIES.get(device.type, ()):
+    for name in [name for name, kind in FAMILIES.items() if kind == device.type]:
         reason = family(name).unavailable(device)
         if reason is None:
             return name
-        message = f"quantized layers run slower on {device} than they might: {name} is passed over, since {reason}"
+        message = f"quantized layers run slower than they could on {device}: backend {name!r} is unavailable: {reason}"
         warnings.warn(message, stacklevel=2)
     return "torch"
 
 
+def layout_of(weight: Tensor, layout: str, out_features: int, in_features: int, bits: int) -> str:
+    """`layout` if the weight has its dtype and shape, else RELEASED if it has those; ValueError if neither."""
+    if layout != RELEASED:
+        record = family(layout).layout
+        if weight.dtype == record.dtype and weight.shape == record.shape(out_features, in_features, bits):
+            return layout
+    if weight.dtype == torch.int8 and weight.shape == (out_features, in_features * bits / 8):
+        return RELEASED
+    raise ValueError(
+        f"the weight is {weight.dtype} {list(weight.shape)}, which is not int{bits} for {in_features} channels and "
+        f"{out_features} outputs: expected torch.int8 {[out_features, in_features * bits // 8]}"
+    )
+
+
+def to_released_format(weight: Tensor, layout: str, out_features: int, in_features: int, bits: int) -> Tensor:
+    """The released packing of a weight in any layout."""
+    if layout == RELEASED:
+        return weight
+    return family(layout).layout.from_layout(weight, out_features, in_features, bits)
+
+
+# ---- the op ---------------------------------------------------------------------------------------------------------
+
+
 def quantized_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int, backend: str
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int, layout: str, backend: str
 ) -> Tensor:
-    """x [..., in] -> [..., out] in x's dtype. `weight` is in the released packing or in its family's own layout."""
-    _check_input(x, weight, bits)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    name = "torch" if torch.float64 in (x.dtype, weight_scale.dtype) else choose(backend, x.device)
-    if laid_out_by(weight) not in (None, name):
-        weight = released(weight, weight_scale, rows.shape[1], bits)
-    y = family(name).linear(rows, weight, weight_scale, bias, bits)
-    return y.view(*x.shape[:-1], weight_scale.shape[0])
+    """x [..., in] -> [..., out] in x's dtype. `layout` is RELEASED, or the family whose layout the weight is in."""
+    columns, out_features = x.shape[-1], weight_scale.shape[0]
+    if layout_of(weight, layout, out_features, columns, bits) != layout:
+        raise ValueError(f"the weight is in the released packing, not in the layout of {layout!r}")
+    return _multiply(x, weight, weight_scale, bias, bits, layout, backend)
 
 
-def _check_input(x: Tensor, weight: Tensor, bits: int) -> None:
-    """Raise ValueError where a kernel would read past x or the weight, or does not know x's dtype."""
+def _multiply(x, weight, weight_scale, bias, bits, layout, backend):
+    """`quantized_linear` for a weight that is known to have the right shape."""
     if x.dtype not in FLOATS:
         raise ValueError(f"the input is {x.dtype}: cast it to float32, float16, bfloat16 or float64 first")
-    columns = weight.shape[1] * (32 if weight.dim() == 3 else 8) // bits
-    padding = columns - x.shape[-1]
-    if padding and not (weight.dim() == 3 and 0 < padding < 128):  # the layout of "cpu" is padded to as many
-        raise ValueError(f"the input has {x.shape[-1]} channels, and the weight has {columns}")
-
-
-def laid_out_by(weight: Tensor) -> Optional[str]:
-    """The family in whose layout `weight` is, or None: then it is in the released packing."""
-    return "cpu" if weight.dim() == 3 else "stock" if weight.dtype == torch.uint8 else None
-
-
-def released(weight: Tensor, weight_scale: Tensor, in_features: int, bits: int) -> Tensor:
-    """The released packing of a weight in any layout."""
-    name = laid_out_by(weight)
-    return family(name).from_layout(weight, weight_scale.shape[0], in_features, bits) if name else weight
+    rows, out_features = x.reshape(-1, x.shape[-1]).contiguous(), weight_scale.shape[0]
+    name = "torch" if torch.float64 in (x.dtype, weight_scale.dtype) else choose(backend, x.device)
+    kernel = family(name)
+    if layout == name:
+        y = kernel.layout.linear(rows, weight, weight_scale, bias, bits)
+    else:
+        weight = to_released_format(weight, layout, out_features, rows.shape[1], bits)
+        y = kernel.linear(rows, weight, weight_scale, bias, bits)
+    return y.view(*x.shape[:-1], out_features)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, weight, weight_scale, _, ctx.bits, _ = inputs
+    x, weight, weight_scale, _, ctx.bits, ctx.layout, _ = inputs
     ctx.in_features = x.shape[-1]
     ctx.save_for_backward(weight, weight_scale)
 
 
 def _input_gradient(ctx, grad):
     weight, weight_scale = ctx.saved_tensors
-    weight = released(weight, weight_scale, ctx.in_features, ctx.bits)
+    weight = to_released_format(weight, ctx.layout, weight_scale.shape[0], ctx.in_features, ctx.bits)
     dtype = torch.promote_types(grad.dtype, torch.float32) if grad.device.type == "cpu" else grad.dtype
     x_grad = grad.to(dtype) @ dequantize_weight(weight, weight_scale, ctx.bits, dtype)
-    return x_grad.to(grad.dtype), None, None, None, None, None
+    return x_grad.to(grad.dtype), None, None, None, None, None, None
 
 
 if not hasattr(torch.library, "custom_op"):  # before torch 2.4: the same without torch.compile
@@ -226,244 +144,312 @@ if not hasattr(torch.library, "custom_op"):  # before torch 2.4: the same withou
 else:
     if not hasattr(torch.ops.chatglm, "quantized_linear"):  # the Hugging Face loader may import this file twice
         _op = torch.library.custom_op("chatglm::quantized_linear", quantized_linear, mutates_args=())
-        _op.register_fake(lambda x, weight, scale, bias, bits, backend: x.new_empty(*x.shape[:-1], scale.shape[0]))
+        _op.register_fake(lambda x, w, scale, bias, bits, layout, backend: x.new_empty(*x.shape[:-1], scale.shape[0]))
         _op.register_autograd(_input_gradient, setup_context=_save_for_backward)
     op = torch.ops.chatglm.quantized_linear
 
 
 # ---- the layers -----------------------------------------------------------------------------------------------------
 
+REPLACING = threading.RLock()  # held while a layer's parameters are replaced; computing needs no lock
 
-class Frozen(nn.Module):
-    """What int8 and int4 layers share: their parameters ask for no gradient, whoever sets them, and are no floats."""
+
+@dataclass(frozen=True)
+class Weights:
+    """What a layer computes with, read once per call: other threads replace it as a whole."""
+
+    parameters: Dict[str, Optional[nn.Parameter]]  # the module's `_parameters`
+    layout: str  # of parameters["weight"]
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+class QuantizedModule(nn.Module):
+    """What int8 and int4 layers share: frozen parameters that change together, while other threads may compute."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self._weights = Weights(self._parameters, RELEASED)
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value.requires_grad_(False) if isinstance(value, nn.Parameter) else value)
 
+    def _read(self) -> Weights:
+        """The weights for one call."""
+        weights = self._weights
+        if is_compiling():  # compilers look for parameters where nn.Module has them
+            return Weights(self._parameters, weights.layout)
+        if weights.parameters is self._parameters:
+            return weights
+        with REPLACING:  # torch.export or nn.DataParallel has replaced one of them, or another thread is replacing both
+            weights = Weights(self._parameters, self._weights.layout)
+            if "weight" in self._parameters:
+                self._weights = weights
+                return weights
+        return Weights(vars(self), weights.layout)  # replicas of nn.DataParallel have tensors as attributes
+
+    def _replace(self, parameters: dict, layout: str = RELEASED) -> Weights:
+        weights = Weights(parameters, layout)
+        vars(self).update(_parameters=parameters, _weights=weights)
+        return weights
+
+    def _release(self) -> Weights:
+        """Convert the weight back to the released packing. Another thread's forward may convert it again at once."""
+        return QuantizedModule._read(self)
+
+    def _change(self, method: Callable, *args, copy=Tensor.detach, **kwargs) -> None:
+        """Call a method of nn.Module that changes parameters one by one, on a twin, then take over its parameters."""
+
+        def twin_of(parameter):
+            twin = _frozen(copy(parameter))
+            vars(twin).update(vars(parameter))
+            return twin
+
+        with REPLACING:
+            parameters, twin = self._release().parameters, object.__new__(type(self))
+            parameters = {name: value if value is None else twin_of(value) for name, value in parameters.items()}
+            vars(twin).update(vars(self), _parameters=parameters)
+            method(twin, *args, **kwargs)
+            self._replace(twin._parameters)
+
+    def _apply(self, *args, **kwargs):
+        self._change(nn.Module._apply, *args, **kwargs)
+        return self
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.dtype != torch.int8:  # copying would truncate each float to -1, 0 or 1
-            found = f"{prefix}weight is {weight.dtype} in the checkpoint, and int{self.bits} is held as torch.int8"
-            errors.append(f"{found}: load a float checkpoint into the unquantized model, then quantize")
+            found = f"{prefix}weight is {weight.dtype} in the checkpoint, but int{self.bits} is held as torch.int8"
+            errors.append(f"{found}: load a float checkpoint into the unquantized model, then quantize it")
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        arguments = state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        self._change(nn.Module._load_from_state_dict, *arguments, copy=torch.clone)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        parameters = self._release().parameters
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+
+    def __getstate__(self):  # copy.deepcopy and pickle
+        weights = self._release()
+        return {**vars(self), "_parameters": weights.parameters, "_weights": weights}
 
 
-class QuantizedLinear(Frozen, nn.Linear):
-    """y [..., out] = x [..., in] W^T + b, with W in int8 or int4. An nn.Linear, so that PEFT wraps it.
+class QuantizedLinear(QuantizedModule, nn.Linear):
+    """y [..., out] = x [..., in] W^T + b, with W in int8 or int4. An nn.Linear, so that PEFT can wrap it.
 
-    Its state dict is the released format: `weight` int8, `weight_scale`, `bias`. In memory a kernel may hold `weight`
-    in a layout of its own (`laid_out_by`): laid out at the first forward, and put back, in the same single copy, before
-    it is saved, loaded, moved, copied or pickled. .half() and the like cast `weight_scale` and `bias` alone; float32
-    and back loses nothing of a scale, and bfloat16 rounds it, by 0.4% of its row at most.
+    The state dict is the released format: `weight` int8, `weight_scale`, `bias`. In memory a kernel family may keep
+    `weight` in its own layout: the first forward converts it. It is converted back, and never kept twice, before it is
+    saved, loaded, moved, copied or pickled. .half() and the like cast only `weight_scale` and `bias`: float16 scales
+    survive float32 and back exactly; bfloat16 rounds each by at most 0.4%.
     """
 
     def __init__(self, in_features, out_features, bits, *, bias=True, group_size=None, backend="auto", device=None,
                  dtype=None):  # fmt: skip
         check_bits(bits, in_features, group_size)
-        nn.Module.__init__(self)
+        QuantizedModule.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.backend = bits, group_size, backend
         groups = (out_features,) if group_size is None else (out_features, in_features // group_size)
-        weight = torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(groups, dtype=dtype, device=device), requires_grad=False)
-        bias = (
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
+        self.weight = _frozen(torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device))
+        self.weight_scale = _frozen(torch.empty(groups, dtype=dtype, device=device))
+        bias = _frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, bits: int, *, group_size=None, backend="auto") -> "QuantizedLinear":
-        """The quantized form of `linear`, on its device, with scales in its dtype. `linear` itself is left alone."""
-        check_bits(bits, linear.in_features, group_size)
-        weight, scale = quantize_weight(linear.weight.detach(), bits, group_size)
-        layer = cls(linear.in_features, linear.out_features, bits, bias=False, group_size=group_size, backend=backend,
-                    device="meta")  # fmt: skip
-        layer.weight, layer.weight_scale = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale))
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+    def from_linear(cls, linear: nn.Linear, bits: int, *, group_size=None, backend="auto",
+                    empty=False) -> "QuantizedLinear":  # fmt: skip
+        """The quantized form of `linear`, on its device, with scales in its dtype; without values if `empty`."""
+        device = linear.weight.device if empty else "meta"
+        layer = cls(linear.in_features, linear.out_features, bits, bias=linear.bias is not None, group_size=group_size,
+                    backend=backend, device=device, dtype=linear.weight.dtype)  # fmt: skip
+        if not empty:
+            layer.weight, layer.weight_scale = map(_frozen, quantize_weight(linear.weight.detach(), bits, group_size))
+            layer.bias = None if linear.bias is None else _frozen(linear.bias.clone())
         return layer.train(linear.training)
 
     def __setattr__(self, name, value):
         if name == "backend":
             check_backend(value)
-            if hasattr(self, "weight"):
-                self._release()  # the next forward lays it out for this backend
+            self._release()  # the next forward converts it to the layout of the new backend
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
-            raise ValueError(f"the input has {x.shape[-1]} channels, the layer takes in_features={self.in_features}")
+            raise ValueError(f"the input has {x.shape[-1]} channels, but the layer has in_features={self.in_features}")
         dtype = autocast_dtype(x.device.type)
         if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:  # as autocast treats nn.Linear
             x = x.to(dtype)
-        weight = self.weight  # one reading: nn.Module takes a microsecond for it, and many behind cold caches
-        if weight.is_cpu and not laid_out_by(weight) and not is_compiling() and not self._comes_and_goes():
-            weight = self.lay_out()
-        compute = op if is_watched(x) else quantized_linear
-        return compute(x, weight, self.weight_scale, self.bias, self.bits, self.backend)
+        weights = self._read()
+        if weights.layout == RELEASED and not is_compiling():
+            weights = self.lay_out(weights)
+        compute, parameters = op if needs_dispatch(x) else _multiply, weights.parameters
+        weight, weight_scale, bias = parameters["weight"], parameters["weight_scale"], parameters.get("bias")
+        return compute(x, weight, weight_scale, bias, self.bits, weights.layout, self.backend)
 
-    def _comes_and_goes(self) -> bool:
-        """Whether accelerate offloads the weight: then it is brought in the released packing for each forward."""
+    def _read(self) -> Weights:
+        weights = super()._read()
+        if is_compiling():
+            return weights
+        # functional_call and accelerate may have put a weight in the released packing there
+        weight, sizes = weights.parameters["weight"], (self.out_features, self.in_features, self.bits)
+        layout = layout_of(weight, weights.layout, *sizes)
+        return weights if layout == weights.layout else Weights(weights.parameters, layout)
+
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate offloads the weight: it then arrives in the released packing for each forward."""
         hook = getattr(self, "_hf_hook", None)
         return any(getattr(hook, "offload", False) for hook in getattr(hook, "hooks", (hook,)))
 
-    def lay_out(self) -> Tensor:
-        """Put the weight into the layout that its kernel reads, where it has one of its own, and return it."""
-        weight = self.weight  # one reading: another thread may be here, too
-        if laid_out_by(weight):
-            return weight
-        kernel = family(choose(self.backend, weight.device))
-        laid_out = kernel.laid_out(weight, self.in_features, self.bits, self.group_size)
-        return weight if laid_out is weight else self._replace_weight(laid_out)
+    def lay_out(self, weights: Optional[Weights] = None) -> Weights:
+        """Convert the weight to the layout of its kernel family, where that has one."""
+        weights = weights or self._read()
+        name = choose(self.backend, weights.parameters["weight"].device)
+        layout = family(name).layout
+        if layout is None or not layout.fits_layout(self.out_features, self.in_features, self.bits, self.group_size):
+            return weights
+        if weights.layout != RELEASED or self._is_offloaded():
+            return weights
+        with REPLACING, torch.inference_mode(False):  # a tensor created in inference mode could not be trained on
+            weights = self._read()
+            if weights.layout != RELEASED:  # another thread has converted it
+                return weights
+            weight = layout.to_layout(weights.parameters["weight"], self.bits)
+            return self._replace({**weights.parameters, "weight": _frozen(weight)}, name)
 
-    @torch.inference_mode(False)
-    def _release(self) -> Tensor:
-        """Put the released packing back, and return it: another thread's forward may lay it out again at once."""
-        held = self.weight
-        weight = released(held, self.weight_scale, self.in_features, self.bits)
-        return held if weight is held else self._replace_weight(weight)
-
-    def _replace_weight(self, weight: Tensor) -> Tensor:
-        weight = self.weight = nn.Parameter(weight.detach(), requires_grad=False)  # a forward may read the old one yet
-        return weight
-
-    def _apply(self, *args, **kwargs):
-        self._release()
-        return super()._apply(*args, **kwargs)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        weight = self._release()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        self._release()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
-    def __getstate__(self):  # copy.deepcopy and pickle
-        weight = self._release()
-        return {**self.__dict__, "_parameters": {**self._parameters, "weight": weight}}
+    def _release(self) -> Weights:
+        weights = super()._release()
+        if weights.layout == RELEASED:
+            return weights
+        with REPLACING, torch.inference_mode(False):
+            weights = self._read()
+            parameters, sizes = weights.parameters, (self.out_features, self.in_features, self.bits)
+            if weights.layout != RELEASED:
+                weight = to_released_format(parameters["weight"], weights.layout, *sizes)
+                parameters = {**parameters, "weight": _frozen(weight)}
+            return self._replace(parameters)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""
         return f"{super().extra_repr()}, bits={self.bits}{group}, backend={self.backend}"
 
 
-class QuantizedEmbedding(Frozen, nn.Embedding):
-    """An embedding table in int8: `weight` [tokens, C] and `weight_scale` [tokens]; a row is q * scale."""
+class QuantizedEmbedding(QuantizedModule, nn.Embedding):
+    """An int8 embedding table: `weight` [tokens, C] and `weight_scale` [tokens]. A row is q * scale."""
 
     def __init__(self, tokens: int, size: int, *, device=None, dtype=None):
-        nn.Module.__init__(self)
+        QuantizedModule.__init__(self)
         self.num_embeddings, self.embedding_dim, self.bits, self.group_size = tokens, size, 8, None
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
-        self.weight = nn.Parameter(torch.empty(tokens, size, dtype=torch.int8, device=device), requires_grad=False)
-        self.weight_scale = nn.Parameter(torch.empty(tokens, dtype=dtype, device=device), requires_grad=False)
+        self.weight = _frozen(torch.empty(tokens, size, dtype=torch.int8, device=device))
+        self.weight_scale = _frozen(torch.empty(tokens, dtype=dtype, device=device))
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding) -> "QuantizedEmbedding":
-        layer = cls(embedding.num_embeddings, embedding.embedding_dim, device="meta")
-        weight, scale = quantize_weight(embedding.weight.detach(), 8)
-        layer.weight, layer.weight_scale = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scale))
+    def from_embedding(cls, embedding: nn.Embedding, *, empty=False) -> "QuantizedEmbedding":
+        """The int8 form of `embedding`, on its device, with scales in its dtype; without values if `empty`."""
+        device = embedding.weight.device if empty else "meta"
+        layer = cls(embedding.num_embeddings, embedding.embedding_dim, device=device, dtype=embedding.weight.dtype)
+        if not empty:
+            layer.weight, layer.weight_scale = map(_frozen, quantize_weight(embedding.weight.detach(), 8))
         return layer.train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        scale = F.embedding(ids, self.weight_scale[:, None])
-        return F.embedding(ids, self.weight).to(scale.dtype) * scale
+        parameters = self._read().parameters
+        scale = F.embedding(ids, parameters["weight_scale"][:, None])
+        return F.embedding(ids, parameters["weight"]).to(scale.dtype) * scale
 
 
-# ---- the swap -------------------------------------------------------------------------------------------------------
+# ---- quantize() -----------------------------------------------------------------------------------------------------
 
 
 def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, skip=(), embedding: bool = False,
              output_layer: bool = False, backend: Optional[str] = None, empty: bool = False) -> nn.Module:  # fmt: skip
-    """Swap the four linear layers of every block for int8 or int4 ones, in place, and return the model.
+    """Replace the four linear layers of every block with int8 or int4 ones, in place, and return the model.
 
-    bits: 8, 4, or 0, which changes nothing. group_size: a scale for every 32 or 128 inputs, for quality. skip: names
-    of layers, or of modules around them, that stay as they are ("dense_4h_to_h", "layers.0"). embedding, output_layer:
-    these too, in int8. backend: a kernel family by name, for the layers that are quantized already, too; the default
-    is "auto" for new ones. empty: the layers hold no values, a checkpoint will fill them.
-    Layer by layer: the peak is the model and one layer. Every layer is rehearsed before the first is swapped, so that a
-    failure leaves the model as it was. A layer that is quantized already keeps its weight; asking other bits of it is a
-    ValueError.
+    Args:
+        bits: 8, 4, or 0, which changes nothing.
+        group_size: one scale for every 32 or 128 inputs instead of one per row, for quality.
+        skip: names of layers, or of modules around them, to leave unquantized ("dense_4h_to_h", "layers.0").
+        embedding, output_layer: quantize these too, to int8.
+        backend: a kernel family by name, also for layers that are quantized already. New layers default to "auto".
+        empty: create the layers without values, for a checkpoint to fill.
+
+    Layers are replaced one by one, so peak memory is the model and one layer. All of them are checked first: a
+    ValueError leaves the model unchanged. Layers that are quantized already keep their weights; it is a ValueError if
+    they have other bits or groups.
     """
     if bits == 0:
         return model
     check_bits(bits)
-    new_backend = backend or "auto"
-    check_backend(new_backend)
-
-    def quantized(layer):
-        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        if isinstance(layer, nn.Embedding):
-            if empty:
-                return QuantizedEmbedding(layer.num_embeddings, layer.embedding_dim, **like)
-            return QuantizedEmbedding.from_embedding(layer)
-        head = name.endswith("output_layer")
-        options = {"bits": 8 if head else bits, "group_size": None if head else group_size, "backend": new_backend}
-        if empty:
-            bias = layer.bias is not None
-            return QuantizedLinear(layer.in_features, layer.out_features, bias=bias, **options, **like)
-        return QuantizedLinear.from_linear(layer, **options)
-
-    names, held = [], []
+    check_backend(backend or "auto")
+    wanted, quantized, chosen = {"word_embeddings": embedding, "output_layer": output_layer}, [], {}
     for name, layer in _find(model, skip).items():
         kind = name.rpartition(".")[2]
         try:
             if hasattr(layer, "weight_scale"):
                 if kind in LAYERS and (layer.bits, layer.group_size) != (bits, group_size):
                     raise ValueError(f"already int{layer.bits} with group_size={layer.group_size}, not int{bits} with "
-                                     f"{group_size}: quantize the float checkpoint instead")  # fmt: skip
+                                     f"group_size={group_size}: quantize the float checkpoint instead")  # fmt: skip
                 if backend and isinstance(layer, nn.Linear):
-                    held.append(layer)
+                    quantized.append(layer)
                     if not layer.weight.is_meta:
                         choose(backend, layer.weight.device)
-            elif {"word_embeddings": embedding, "output_layer": output_layer}.get(kind, True):
+            elif wanted.get(kind, True):
                 if layer is not model.get_submodule(name):
-                    raise ValueError("an adapter stands around it: quantize first, then add the adapter")
-                names.append(name)
-                if not empty:
-                    choose(new_backend, layer.weight.device)
-                    quantized(layer)  # the rehearsal
+                    raise ValueError("is wrapped by an adapter: quantize first, then add the adapter")
+                options = (bits, group_size) if kind in LAYERS else (8, None)
+                if empty:
+                    check_bits(options[0], layer.weight.shape[1], options[1])
+                else:
+                    choose(backend or "auto", layer.weight.device)
+                    check_weight(layer.weight.detach(), *options)
+                chosen[name] = options
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
-    for layer in held:
+    for layer in quantized:
         layer.backend = backend
     try:
-        for name in names:
+        for name, options in chosen.items():
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, quantized(model.get_submodule(name)))
-    finally:  # stopped by hand it is quantized in part, and its config says which part
+            parent = model.get_submodule(parent)
+            setattr(parent, child, _quantized(getattr(parent, child), *options, backend or "auto", empty))
+    finally:  # if interrupted, the config describes the layers that are quantized by then
         if getattr(model, "config", None) is not None:
             _write_config(model, bits, group_size)
     return model
 
 
+def _quantized(layer: nn.Module, bits: int, group_size: Optional[int], backend: str, empty: bool) -> QuantizedModule:
+    if isinstance(layer, nn.Embedding):
+        return QuantizedEmbedding.from_embedding(layer, empty=empty)
+    return QuantizedLinear.from_linear(layer, bits, group_size=group_size, backend=backend, empty=empty)
+
+
 def _write_config(model: nn.Module, bits: int, group_size: Optional[int]) -> None:
-    """What of the model is quantized, and how, so that a checkpoint of it loads into the same layers."""
+    """Record which layers are quantized, and how, so that a checkpoint of the model loads into the same layers."""
     layers = {name: hasattr(layer, "weight_scale") for name, layer in _find(model).items()}
     if not any(layers.values()):
         return
+    left = [name for name, done in layers.items() if name.rpartition(".")[2] in LAYERS and not done]
     options = {
         "group_size": group_size,
-        "skip": [
-            name[name.find("encoder.") :]
-            for name, done in layers.items()
-            if name.rpartition(".")[2] in LAYERS and not done
-        ],
+        "skip": [name[name.find("encoder.") :] for name in left],
         "embedding": any(done for name, done in layers.items() if name.endswith("word_embeddings")),
         "output_layer": any(done for name, done in layers.items() if name.endswith("output_layer")),
     }
     model.config.quantization_bit = bits
     model.config.quantization_options = {key: value for key, value in options.items() if value}
-    if not model.config.quantization_options:  # the released format needs none
+    if not model.config.quantization_options:  # the released format has none
         del model.config.quantization_options
 
 
 def _find(model: nn.Module, skip=()) -> Dict[str, nn.Module]:
-    """{name: layer} of what can be quantized, or is, but for what `skip` names; PEFT's wrappers are looked into."""
+    """{name: layer} of what is or can be quantized, except what `skip` names. PEFT's wrappers are looked into."""
     kinds = {"word_embeddings": nn.Embedding, "output_layer": nn.Linear, **dict.fromkeys(LAYERS, nn.Linear)}
     layers, skipped = {}, set()
     for name, module in model.named_modules():
@@ -471,8 +457,8 @@ def _find(model: nn.Module, skip=()) -> Dict[str, nn.Module]:
         if isinstance(layer, kinds.get(name.rpartition(".")[2], ())):
             layers[name] = layer
     for entry in (skip,) if isinstance(skip, str) else skip:
-        named = {name for name in layers if f".{entry}." in f".{name}."}
-        if not named:
-            raise ValueError(f"skip names {entry!r}, and no layer is called so: try {LAYERS[-1]!r} or 'layers.0'")
-        skipped |= named
+        matches = {name for name in layers if f".{entry}." in f".{name}."}
+        if not matches:
+            raise ValueError(f"skip={entry!r} matches no layer: try {LAYERS[-1]!r} or 'layers.0'")
+        skipped |= matches
     return {name: layer for name, layer in layers.items() if name not in skipped}

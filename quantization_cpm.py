@@ -20,6 +20,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from .quantization_format import Family
+
 THREADS, OUTS = 128, 4  # threads of a matvec block, and the outputs it computes
 MAX_ROWS, FUSED_ROWS = 8, 16  # rows of x that a block takes, and up to which matvec is used
 COMMON_ARCH = 75  # a capability that every NVRTC from 11 to 13 compiles for
@@ -257,3 +259,6 @@ def build(arch: int, macros: list) -> bytes:
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     return code.raw
+
+
+FAMILY = Family(linear, unavailable)

@@ -1,8 +1,7 @@
-"""The CPU kernels in C (`quantization_cpu_source`), compiled at first use, for Linux on x86-64.
+"""CPU kernels in C (`quantization_cpu_source`) for Linux on x86-64, compiled at first use.
 
-Half-precision inputs are rounded to int8 in groups of 128 (or of the weights' group, if smaller) with a scale each, as
-llama.cpp does, and multiplied by dot products of four, AVX512-VNNI's or AVX2's; float32 inputs are multiplied in
-float32, and exactly.
+Half-precision inputs are rounded to int8 in groups of 128 (or the weight's group size, if smaller) with one scale each,
+as llama.cpp does, and multiplied with the int8 dot products of AVX512-VNNI or AVX2. Float32 inputs stay in float32.
 """
 
 import atexit
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .quantization_cpu_source import WIDEST, source
+from .quantization_format import Family, Layout
 from .quantization_stock import X86
 from .quantization_stock import linear as stock_linear
 
@@ -32,11 +32,11 @@ FLAGS = ("-O3", "-fPIC", "-fopenmp", "-mavx2", "-mf16c", "-mfma")
 AVX512 = {"avx512f": "-mavx512f", "avx512bw": "-mavx512bw", "avx512vl": "-mavx512vl", "avx512_vnni": "-mavx512vnni"}
 
 
-# ---- compiling it ---------------------------------------------------------------------------------------------------
+# ---- compilation ----------------------------------------------------------------------------------------------------
 
 
 def cache_folder() -> str:
-    """A folder that only this user can write: what is loaded from it runs."""
+    """A directory that only this user can write to, because the library loaded from it is executed."""
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "chatglm2")
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -51,7 +51,7 @@ def cache_folder() -> str:
 
 
 def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
-    """("avx512" or "avx2", the compiler's options) of what the system says this CPU has, the fastest first."""
+    """("avx512" or "avx2", compiler options) for the instruction sets that this CPU reports, the fastest first."""
     try:
         with open("/proc/cpuinfo") as file:
             known = set(next((line for line in file if line.startswith("flags")), "").split())
@@ -61,17 +61,17 @@ def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
     if known >= AVX512.keys():
         found.append(("avx512", (*FLAGS, *AVX512.values())))
     if known >= {"avx2", "avx_vnni", "f16c", "fma"}:
-        found.append(("avx2", (*FLAGS, "-mavxvnni")))  # GCC knows it from 11 on
+        found.append(("avx2", (*FLAGS, "-mavxvnni")))  # GCC 11 and later
     if known >= {"avx2", "f16c", "fma"}:
         found.append(("avx2", FLAGS))
     return found
 
 
 def compiled(kind: str, flags: Tuple[str, ...]) -> str:
-    """The path of the compiled library. Two processes may compile at once: each renames a whole file into place."""
+    """The path of the compiled library. Processes may compile concurrently: each renames a complete file into place."""
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("gcc") or shutil.which("cc") or "gcc"]
     if not shutil.which(compiler[0]):
-        raise OSError(f"there is no C compiler {compiler[0]}: install gcc, or name one in the environment variable CC")
+        raise OSError(f"no C compiler {compiler[0]} found: install gcc, or set CC to a compiler")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     text = source(kind)
     key = hashlib.sha256("\n".join((text, *compiler, version, *flags)).encode()).hexdigest()[:16]
@@ -81,7 +81,7 @@ def compiled(kind: str, flags: Tuple[str, ...]) -> str:
             code, object_file, library = (os.path.join(folder, "kernel." + suffix) for suffix in ("c", "o", "so"))
             with open(code, "w") as file:
                 file.write(text)
-            # Linked without OpenMP's runtime: its symbols are those that torch has loaded, so that there is only one.
+            # Not linked against an OpenMP runtime: the symbols resolve to the one that torch has loaded.
             for command in ([*flags, "-c", code, "-o", object_file], ["-shared", object_file, "-o", library]):
                 done = subprocess.run([*compiler, *command], capture_output=True, text=True)
                 if done.returncode:
@@ -92,11 +92,11 @@ def compiled(kind: str, flags: Tuple[str, ...]) -> str:
 
 @functools.lru_cache(None)
 def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
-    """(the compiled kernels, "") or (None, why there are none and what would help)."""
+    """(the compiled library, "") or (None, why there is none and what would help)."""
     if platform.system() != "Linux" or not X86:
-        return None, f"the kernel is written for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    reason = "this CPU has neither AVX512-VNNI nor AVX2 instructions"
-    for kind, flags in instructions():  # an older compiler may know the slower ones alone
+        return None, f"the C kernels need Linux on x86-64, this is {platform.system()} on {platform.machine()}"
+    reason = "this CPU has neither AVX512-VNNI nor AVX2"
+    for kind, flags in instructions():  # an older compiler may support only the slower ones
         try:
             library = ctypes.CDLL(compiled(kind, flags))
             break
@@ -113,13 +113,13 @@ def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
 
 
 def unavailable(device: torch.device) -> Optional[str]:
-    """None where the compiled kernels can run on `device`, else why not, and what would make them run."""
+    """None where the compiled kernels run on `device`, else why not and what would help."""
     if device.type != "cpu":
-        return "it computes on the CPU; move the model there with .cpu()"
+        return "it runs on CPUs only: move the model with .cpu()"
     return load_library()[1] or None
 
 
-# ---- the layout and the kernels -------------------------------------------------------------------------------------
+# ---- layout and kernels ---------------------------------------------------------------------------------------------
 
 
 def _padded(size: int, multiple: int) -> int:
@@ -127,34 +127,39 @@ def _padded(size: int, multiple: int) -> int:
 
 
 def _on_large_pages(size: int) -> Tensor:
-    """`size` bytes as int8, on 2 MiB pages where the system has them: a fifth faster to read from end to end."""
+    """`size` bytes as int8, on 2 MiB pages where the system has them: 20% faster to read sequentially."""
     if size < 1 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.int8, device="cpu")
     page = 1 << 21
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
+    except OSError:  # an operating system without them: ordinary pages hold the same bytes
         pass
     whole = torch.frombuffer(memory, dtype=torch.int8)
     begin = -whole.data_ptr() % page
     return whole[begin : begin + size]
 
 
-def readable(out_features: int, in_features: int, bits: int, group_size: Optional[int]) -> bool:
-    """Whether the C code takes these groups; others stay in the released packing and go to torch."""
+def fits_layout(out_features: int, in_features: int, bits: int, group_size: Optional[int]) -> bool:
+    """Whether the C code supports this group size; torch multiplies by other weights, in the released packing."""
     return in_features > 0 and (group_size in (None, 32, 64) or group_size % GROUP == 0)
 
 
+def layout_shape(out_features: int, in_features: int, bits: int) -> Tuple[int, int, int]:
+    """[out / 32, in / step, 128], padded to whole blocks: a step is 4 inputs (int8) or 8 (int4) of 32 rows."""
+    return _padded(out_features, ROWS) // ROWS, _padded(in_features, GROUP) * bits // 32, ROWS * 4
+
+
 def to_layout(weight: Tensor, bits: int) -> Tensor:
-    """The released packing, int8 [out, in] or [out, in / 2] -> the layout, int8 [out / 32, in / step, 128]."""
-    out, columns, step = weight.shape[0], weight.shape[1] * 8 // bits, 4 if bits == 8 else 8
-    blocks, steps = _padded(out, ROWS) // ROWS, _padded(columns, GROUP) // step
-    layout = _on_large_pages(blocks * steps * 128).view(blocks, steps, 128)
+    """The released packing, int8 [out, in] or [out, in / 2] -> the layout, int8 of `layout_shape`."""
+    shape = layout_shape(weight.shape[0], weight.shape[1] * 8 // bits, bits)
+    blocks, steps, _ = shape
+    layout = _on_large_pages(blocks * steps * ROWS * 4).view(shape)
     for block in range(0, blocks, 16):
         part = weight[block * ROWS : (block + 16) * ROWS]
-        part = F.pad(part, (0, steps * step * bits // 8 - weight.shape[1], 0, -part.shape[0] % ROWS))
-        part = part.reshape(-1, ROWS, steps, step * bits // 8)  # 4 bytes a row and step, either way
+        part = F.pad(part, (0, steps * 4 - weight.shape[1], 0, -part.shape[0] % ROWS))
+        part = part.reshape(-1, ROWS, steps, 4)  # 4 bytes per row and step for int8 and int4
         if bits == 8:
             part = part ^ -128
         else:  # nibbles (0, 1) (2, 3) (4, 5) (6, 7) -> (4, 0) (5, 1) (6, 2) (7, 3), high first, each with q + 8
@@ -166,7 +171,7 @@ def to_layout(weight: Tensor, bits: int) -> Tensor:
 
 
 def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
-    """The reverse of `to_layout`, in plain torch, so that it runs anywhere."""
+    """The inverse of `to_layout`, in plain torch so that it runs on any device."""
     packed = torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=layout.device)
     for block in range(0, layout.shape[0], 16):
         part = layout[block : block + 16].unflatten(-1, (ROWS, 4)).transpose(1, 2)  # [block, row, step, byte]
@@ -181,9 +186,7 @@ def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) 
 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
-    """x [N, in] -> [N, out]. torch multiplies by a weight that is still in the released packing."""
-    if weight.dim() == 2:  # laying it out for one call takes longer
-        return stock_linear(x, weight, weight_scale, bias, bits)
+    """x [N, in] -> [N, out], with the weight in the layout."""
     (n, k), out = x.shape, weight_scale.shape[0]
     groups, group_size = (1, None) if weight_scale.dim() == 1 else (weight_scale.shape[1], k // weight_scale.shape[1])
     weight_scale, y = weight_scale.contiguous(), x.new_empty(n, out)
@@ -200,6 +203,12 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
 
 
 def _call(name, *arguments):
-    """A function of the C source, with the tensors' addresses and, last, the number of threads."""
+    """Call a function of the C library with the tensors' addresses and, last, the number of threads."""
     arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     getattr(load_library()[0], name)(*arguments, torch.get_num_threads())
+
+
+# A weight in the released packing goes to torch's operators: converting it for a single call would take longer.
+FAMILY = Family(
+    stock_linear, unavailable, Layout(torch.int8, layout_shape, fits_layout, to_layout, from_layout, linear)
+)

@@ -1,8 +1,8 @@
-"""Quantizing while loading: from_pretrained(folder, quantization_config=ChatGLMQuantizationConfig(4)).
+"""Quantize while loading: from_pretrained(folder, quantization_config=ChatGLMQuantizationConfig(4)).
 
-Each weight is rounded as it comes off the disk, so that memory holds the quantized model and one weight more. The
-result is what `quantize()` after loading gives, saved and reloaded by `quantization_bit` alone. Importing this file
-registers quant_method "chatglm" with transformers, where it has such a registry (4.39); before, load, then quantize.
+Each weight is rounded as it is read, so peak memory is the quantized model and one float weight. The result is that of
+`quantize()` after loading, and is saved and reloaded by `quantization_bit` alone. Importing this file registers
+quant_method "chatglm" with transformers 4.39 and later; with older releases, load first, then quantize.
 """
 
 import ctypes
@@ -12,7 +12,8 @@ import sys
 import torch
 from torch import nn
 
-from .quantization import check_backend, check_bits, choose, quantize, quantize_weight
+from .quantization import check_backend, choose, quantize
+from .quantization_format import check_bits, quantize_weight
 from .transformers_compat import ConversionOps, HfQuantizer, QuantizationConfigMixin, register_quantization
 
 
@@ -24,7 +25,7 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         check_bits(bits)
         check_backend(backend)
         if unknown:
-            raise ValueError(f"quantization_config knows no {', '.join(unknown)}: give bits, group_size, skip, "
+            raise ValueError(f"quantization_config does not support {', '.join(unknown)}: give bits, group_size, skip, "
                              "embedding, output_layer, backend")  # fmt: skip
         self.quant_method = quant_method
         self.bits, self.group_size, self.skip = bits, group_size, (skip,) if isinstance(skip, str) else tuple(skip)
@@ -32,10 +33,10 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 
 
 class ChatGLMQuantizer(HfQuantizer):
-    """Builds the empty quantized layers, rounds each float weight that loads, and steps out of the way."""
+    """Creates empty quantized layers, rounds each float weight as it loads, then removes itself from the model."""
 
     requires_calibration = False
-    is_trainable = True  # what trains on top of it: P-Tuning v2 and LoRA
+    is_trainable = True  # with P-Tuning v2 or LoRA on top
     is_compileable = True
 
     def is_serializable(self, safe_serialization=None):
@@ -43,7 +44,7 @@ class ChatGLMQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
         backend, devices = self.quantization_config.backend, set()
-        if backend != "auto" and isinstance(device_map, dict):  # without one, the model may be moved afterwards
+        if backend != "auto" and isinstance(device_map, dict):  # without one, the model may be moved later
             devices = set(device_map.values()) - {"disk"}
         if len(devices) == 1:
             choose(backend, torch.device(*devices))
@@ -51,11 +52,11 @@ class ChatGLMQuantizer(HfQuantizer):
         options = {key: value for key, value in vars(self.quantization_config).items() if key != "quant_method"}
         quantize(model, empty=True, **options)
         layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "weight_scale")}
-        self.rounds = layers.keys() - stored  # the checkpoint holds the others in int8 and int4 already
-        if ConversionOps is not object:  # 5.0 to 5.10 cast what loads to the dtype that waits for it
+        self.rounds = layers.keys() - stored  # the others are int8 or int4 in the checkpoint already
+        if ConversionOps is not object:  # 5.0 to 5.10 cast what they load to the parameter's dtype
             for name in self.rounds:
-                waiting = layers[name].weight.to(layers[name].weight_scale.dtype)
-                layers[name].weight = nn.Parameter(waiting, requires_grad=False)
+                float_weight = layers[name].weight.to(layers[name].weight_scale.dtype)
+                layers[name].weight = nn.Parameter(float_weight, requires_grad=False)
         return model
 
     def param_needs_quantization(self, model, param_name, **kwargs):
@@ -63,14 +64,14 @@ class ChatGLMQuantizer(HfQuantizer):
         return kind == "weight" and module in self.rounds
 
     def rounded(self, model, name, weight):
-        """{name: the rounded weight, and its scale's name: the scale}, as parameters of the layer that `name` is of."""
+        """{name: rounded weight, name of its scale: scale} as parameters, for the layer that `name` belongs to."""
         module = name.rpartition(".")[0]
         layer = model.get_submodule(module)
         try:
             tensors = quantize_weight(weight, layer.bits, layer.group_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        give_back(weight)
+        release_pages(weight)
         return {
             key: nn.Parameter(value, requires_grad=False)
             for key, value in zip((name, f"{module}.weight_scale"), tensors)
@@ -93,10 +94,10 @@ class ChatGLMQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.rounds and "disk" in getattr(model, "hf_device_map", {}).values():
             raise ValueError(
-                "device_map puts layers on the disk, where transformers leaves their float weights: "
-                "quantize and save_pretrained without it, and load what that wrote with this device_map"
+                "device_map offloads layers to disk, where transformers keeps float weights: quantize and "
+                "save_pretrained without it, then load the saved model with this device_map"
             )
-        self.remove_quantization_config(model)  # `quantization_bit` says it all: the model is what quantize() gives
+        self.remove_quantization_config(model)  # `quantization_bit` suffices, as after quantize()
         return model
 
     def remove_quantization_config(self, model):
@@ -108,7 +109,7 @@ class ChatGLMQuantizer(HfQuantizer):
 
 
 class RoundWhileLoading(ConversionOps):
-    """transformers 5's form of the above: {name: [float weight]} -> {name: int8 weight, its scale's name: scale}."""
+    """For transformers 5: {name: [float weight]} -> {name: int8 weight, name of its scale: scale}."""
 
     def __init__(self, hf_quantizer):
         self.hf_quantizer = hf_quantizer
@@ -119,19 +120,19 @@ class RoundWhileLoading(ConversionOps):
         return self.hf_quantizer.rounded(model, full_layer_name, value[0] if isinstance(value, list) else value)
 
 
-def float_weights(bits, found):
-    """The error for a config that asks for int8 or int4 layers beside a checkpoint that holds `found` for them."""
+def missing_quantized_weights_error(bits, found):
+    """The error if the config has quantization_bit but the checkpoint has `found` in place of quantized weights."""
     return ValueError(
-        f"quantization_bit={bits} asks for int{bits} layers, and the checkpoint holds {found}. If its weights are "
-        f"floats, load them with quantization_bit=0 and call .quantize({bits}); or quantize them while they load, with "
+        f"quantization_bit={bits} needs int{bits} weights, but the checkpoint has {found}. If its weights are floats, "
+        f"load them with quantization_bit=0 and call .quantize({bits}), or quantize them while loading, with "
         f"quantization_bit=0 and quantization_config=ChatGLMQuantizationConfig({bits})."
     )
 
 
-def give_back(weight):
-    """Let go of a weight's pages: a checkpoint that is mapped into memory would stay in it until the last file is read.
+def release_pages(weight):
+    """Drop a weight's pages: a checkpoint that is mapped into memory would otherwise stay in it until loading ends.
 
-    Nothing is lost: a page of a file is read again where it is wanted again.
+    No data is lost: pages of a file are read again on the next access.
     """
     pageout = getattr(mmap, "MADV_PAGEOUT", 21)
     if weight.device.type == "cpu" and sys.platform == "linux" and weight.is_contiguous():

@@ -1,9 +1,9 @@
-"""The CPU kernels where nothing can be compiled: torch's own operators, on any CPU and system.
+"""Int8 and int4 products from torch's own operators, for any CPU and system, where no C kernel can be compiled.
 
-Float32 inputs, and weights in groups, are multiplied in float32. Half precision is multiplied by int8 weights: a few
-tokens in bfloat16 or as two int8 terms, more of them as one, but for the channels that stand far out. int4 weights are
-unpacked some rows at a time; where torch has an int4 product in vector code, they are held in its layout instead, and
-a few tokens are multiplied in bfloat16, in groups too, whose scales it then rounds to bfloat16.
+Float32 inputs, and weights with groups, are multiplied in float32. Half-precision inputs are multiplied by int8
+weights: few tokens in bfloat16 or as two int8 terms, more tokens as one int8 term, with outlier channels in float32.
+Int4 weights are unpacked some rows at a time. Where torch has a vectorized int4 product, they are kept in its layout
+instead, and few tokens are multiplied in bfloat16, with group scales rounded to bfloat16.
 """
 
 import functools
@@ -14,27 +14,30 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-# Up to so many tokens each way was measured to be the faster one, beside fast int8 products and without them
+from .quantization_format import Family, Layout, pack
+
+# Each method was measured to be the fastest up to this many tokens. Keys: whether torch has fast int8 products
 FEW_PACKED = {True: 48, False: 256}  # torch's int4 product; beyond, unpacking
 FEW_BFLOAT16 = {True: 12, False: 96}  # bfloat16; beyond, one int8 term, or float32
 FEW_INTEGERS = 4  # two int8 terms, where there is no bfloat16 product; beyond, one
-BLOCK = 1 << 22  # weights unpacked, or read twice, at a time; a quarter of it where they become float32
+BLOCK = 1 << 22  # weights unpacked at a time; a quarter of it where they become float32
 X86 = platform.machine() in ("x86_64", "AMD64")
+HALF = (torch.float16, torch.bfloat16)
 
 
 def unavailable(device: torch.device) -> Optional[str]:
-    """None on any CPU, else what would make torch's CPU operators run."""
-    return None if device.type == "cpu" else "it computes on the CPU; move the model there with .cpu()"
+    """None on any CPU, else what would help."""
+    return None if device.type == "cpu" else "it runs on CPUs only: move the model with .cpu()"
 
 
-# ---- what this torch can do on this CPU -----------------------------------------------------------------------------
+# ---- what this torch supports on this CPU ---------------------------------------------------------------------------
 
 
 @functools.lru_cache(None)
 def multiplies_exactly(bits: int) -> bool:
-    """Whether torch multiplies int8 by int8, or by int4, on this CPU (torch 2.4 with oneDNN, x86), and exactly.
+    """Whether torch multiplies int8 by int8, or by int4, exactly on this CPU (needs torch 2.4 with oneDNN, x86).
 
-    Without VNNI instructions oneDNN adds two products in 16 bits: int4 weights fit, large int8 ones overflow unseen.
+    Without VNNI, oneDNN adds two products in 16 bits: int4 weights fit, large int8 weights overflow silently.
     """
     if not (X86 and torch.backends.mkldnn.is_available()):
         return False
@@ -49,7 +52,7 @@ def multiplies_exactly(bits: int) -> bool:
 
 @functools.lru_cache(None)
 def multiplies_integers(bits: int) -> bool:
-    """Whether it also pays: without VNNI torch may take plain loops, 20 times slower than float32 (the limit is 4)."""
+    """Whether it is also fast: without VNNI, torch may use scalar loops, 20 times slower than float32 (limit: 4)."""
     if not multiplies_exactly(bits):
         return False
     x, weight = (torch.ones(size, dtype=torch.int8, device="cpu") for size in ((32, 256), (256, 512)))
@@ -57,7 +60,7 @@ def multiplies_integers(bits: int) -> bool:
 
 
 def _seconds(work) -> float:
-    """The shortest of five times that `work` takes."""
+    """The shortest of five runs of `work`."""
     times = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -68,7 +71,7 @@ def _seconds(work) -> float:
 
 @functools.lru_cache(None)
 def has_vector_loops() -> bool:
-    """Whether torch multiplies bfloat16 by int8 (torch 2.3), and in vector code, which builds for Windows lack."""
+    """Whether torch multiplies bfloat16 by int8 (torch 2.3) with vectorized code, which its Windows builds lack."""
     try:
         q = torch.ones(16, 16, dtype=torch.int8, device="cpu")
         torch._weight_int8pack_mm(q.bfloat16(), q, q[0].bfloat16())
@@ -84,10 +87,10 @@ def has_vector_loops() -> bool:
 
 @functools.lru_cache(None)
 def rows_of_a_block() -> int:
-    """Output rows in a block of torch's int4 layout: 64 with AVX512, 32 with AVX2; 0 where there is no fast product.
+    """Output rows per block of torch's int4 layout: 64 with AVX512, 32 with AVX2; 0 without a fast int4 product.
 
-    A block is uint8 [in, rows / 2]: byte r holds row r in the low nibble and row r + rows / 2 in the high one, each
-    with 8 added. torch does not promise it, so a trial decides.
+    A block is uint8 [in, rows / 2]: byte r holds row r in the low nibble and row r + rows / 2 in the high nibble, each
+    plus 8. torch does not document this order, so it is checked on an example.
     """
     if not has_vector_loops() or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return 0
@@ -99,47 +102,51 @@ def rows_of_a_block() -> int:
     return next((rows for rows in (64, 32) if torch.equal(_from_blocks(packed, rows).t().int() + 8, q)), 0)
 
 
-def readable(out_features: int, in_features: int, bits: int, group_size: Optional[int]) -> bool:
-    """Whether torch's int4 product takes these weights; others stay in the released packing."""
+def fits_layout(out_features: int, in_features: int, bits: int, group_size: Optional[int]) -> bool:
+    """Whether torch's int4 product supports these weights; others stay in the released packing."""
     if bits != 4 or group_size not in (None, 32, 64, 128, 256) or in_features % 32 or not rows_of_a_block():
         return False
     return out_features % rows_of_a_block() == 0
 
 
+def layout_shape(out_features: int, in_features: int, bits: int) -> Tuple[int, int]:
+    """As in the released packing: only the order of the values differs."""
+    return out_features, in_features // 2
+
+
 def to_layout(weight: Tensor, bits: int) -> Tensor:
-    """The released packing, int8 [out, in / 2] -> the layout in as many bytes, uint8 [out, in / 2]."""
+    """The released int4 packing, int8 [out, in / 2] -> the layout, uint8 [out, in / 2]."""
     weight = weight.contiguous()
     layout, rows = torch.empty_like(weight, dtype=torch.uint8), _rows(2 * weight.shape[1])
     for begin in range(0, len(weight), rows):
-        q = _integers(weight[begin : begin + rows], bits).t()
+        q = _from_pairs(weight[begin : begin + rows]).t()
         q = torch.stack(q.chunk(2, dim=1), dim=-1).flatten(1)  # even inputs, then odd ones -> their own order
         layout[begin : begin + rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
     return layout
 
 
 def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
-    """The reverse of `to_layout`: uint8 [out, in / 2] -> int8 [out, in / 2]."""
+    """The inverse of `to_layout`: uint8 [out, in / 2] -> int8 [out, in / 2]."""
     packed, rows = torch.empty_like(layout, dtype=torch.int8), _rows(in_features)
     for begin in range(0, out_features, rows):
-        q = _integers(layout[begin : begin + rows], bits).t()
-        packed[begin : begin + rows] = (q[:, 0::2] & 15) << 4 | (q[:, 1::2] & 15)
+        packed[begin : begin + rows] = pack(_from_blocks(layout[begin : begin + rows], rows_of_a_block()).t())
     return packed
 
 
 def _rows(in_features: int, weights: int = BLOCK) -> int:
-    """How many rows are so many weights, in whole blocks of torch's int4 layout."""
+    """How many rows make up this many weights, in whole blocks of torch's int4 layout."""
     return max(weights // max(in_features, 1) // 64, 1) * 64
 
 
 @functools.lru_cache(8)
 def _unit_scales(in_features: int, out_features: int) -> Tensor:
-    """torch's int4 product with scales of 1, bfloat16 [in / group, out, 2]: the row's own scale comes after it."""
+    """Scales of 1 for torch's int4 product, bfloat16 [in / group, out, 2]: the row's scale is applied afterwards."""
     group = next(size for size in (256, 128, 64, 32) if in_features % size == 0)
     return torch.tensor([1, 0], dtype=torch.bfloat16, device="cpu").repeat(in_features // group, out_features, 1)
 
 
 def _packed_product(x: Tensor, layout: Tensor, weight_scale: Tensor) -> Tensor:
-    """x [N, in] times a weight in the layout, float32 [N, out]."""
+    """x [N, in] times a weight in the layout -> float32 [N, out]."""
     k, out = x.shape[1], layout.shape[0]
     if weight_scale.dim() == 1:
         scales, after = _unit_scales(k, out), weight_scale.float()
@@ -153,20 +160,19 @@ def _packed_product(x: Tensor, layout: Tensor, weight_scale: Tensor) -> Tensor:
 # ---- unpacking ------------------------------------------------------------------------------------------------------
 
 
-def _integers(weight: Tensor, bits: int) -> Tensor:
-    """The weight of some rows, transposed: int8 [in, rows]. From the released int4 packing even inputs come first."""
-    if bits == 8:
-        return weight.t()
-    if weight.dtype == torch.uint8:
-        return _from_blocks(weight, rows_of_a_block())
-    rows, half = weight.shape
-    q = weight.new_empty(rows, 2, half)
-    _split(weight, q[:, 1], q[:, 0], flip=True)
+# Each returns the weight of some rows transposed, int8 [in, rows].
+
+
+def _from_pairs(packed: Tensor) -> Tensor:
+    """The released int4 packing, int8 [rows, in / 2]: all even inputs first, as `_even_first` orders x."""
+    rows, half = packed.shape
+    q = packed.new_empty(rows, 2, half)
+    _split(packed, q[:, 1], q[:, 0], flip=True)
     return q.view(rows, 2 * half).t()
 
 
 def _from_blocks(layout: Tensor, rows: int) -> Tensor:
-    """`_integers` of whole blocks of torch's int4 layout: inputs in their own order."""
+    """Whole blocks of torch's int4 layout, uint8 [rows, in / 2]: inputs in their own order."""
     k = 2 * layout.shape[1]
     q = layout.new_empty(k, len(layout) // rows, 2, rows // 2, dtype=torch.int8)
     _split(layout.view(torch.int8).view(-1, k, rows // 2).transpose(0, 1), q[:, :, 0], q[:, :, 1], flip=False)
@@ -174,9 +180,9 @@ def _from_blocks(layout: Tensor, rows: int) -> Tensor:
 
 
 def _split(packed: Tensor, low: Tensor, high: Tensor, flip: bool) -> None:
-    """Write each byte's two values of -8..7 into `low` and `high`, eight bytes at a time where the shape allows.
+    """Write the two values -8..7 of each byte to `low` and `high`, eight bytes at a time where the shape allows.
 
-    A nibble holds the value with 8 added, or (flip) its last four bits, which is the same with the highest bit flipped.
+    A nibble holds the value plus 8, or (flip) its last four bits, which is the same with the highest bit flipped.
     """
     dtype, mask, highest = torch.uint8, 0x0F, 0x88
     if packed.shape[-1] % 8 == 0 and packed.storage_offset() % 8 == 0:
@@ -188,29 +194,41 @@ def _split(packed: Tensor, low: Tensor, high: Tensor, flip: bool) -> None:
     high.sub_(8)
 
 
-# ---- multiplying ----------------------------------------------------------------------------------------------------
+# ---- products -------------------------------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
-    """x [N, in] -> [N, out]. `weight` is in the released packing or in torch's int4 layout."""
-    (n, k), out, dtype = x.shape, weight_scale.shape[0], x.dtype
-    half, laid_out, weight = dtype in (torch.float16, torch.bfloat16), weight.dtype == torch.uint8, weight.contiguous()
-    if laid_out and half and 0 < n <= FEW_PACKED[multiplies_integers(bits)]:
+    """x [N, in] -> [N, out], with the weight in the released packing."""
+    if bits == 8:
+        return _by_rows(x, weight.contiguous(), weight_scale, bias, bits, Tensor.t)
+    return _by_rows(x, weight.contiguous(), weight_scale, bias, bits, _from_pairs, _even_first)
+
+
+def linear_in_layout(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
+    """x [N, in] -> [N, out], with the weight in torch's int4 layout."""
+    if x.dtype in HALF and 0 < len(x) <= FEW_PACKED[multiplies_integers(bits)]:
         y = _packed_product(x, weight, weight_scale)
-        return (y if bias is None else y + bias.float()).to(dtype)
-    even_first = bits == 4 and not laid_out
-    x = _even_first(x.float()) if even_first else x.float()
-    if half and weight_scale.dim() == 1 and min(n, k) > 0:
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+    return _by_rows(x, weight, weight_scale, bias, bits, functools.partial(_from_blocks, rows=rows_of_a_block()))
+
+
+def _by_rows(x, weight, weight_scale, bias, bits, transposed, ordered=lambda inputs: inputs) -> Tensor:
+    """x [N, in] -> [N, out], some rows of the weight at a time.
+
+    `transposed` gives the int8 [in, rows] of these rows, `ordered` brings [N, in] into the same order of inputs.
+    """
+    (n, k), out, dtype = x.shape, weight_scale.shape[0], x.dtype
+    x = ordered(x.float())
+    if dtype in HALF and weight_scale.dim() == 1 and min(n, k) > 0:
         multiply, rows = _by_integers(x, bits)
     else:
         multiply, rows = _by_float32(x)
     y = x.new_empty(n, out, dtype=dtype)
     for begin in range(0, out, rows):
         part = slice(begin, begin + rows)
-        q, scale = _integers(weight[part], bits), weight_scale[part].float()
+        q, scale = transposed(weight[part]), weight_scale[part].float()
         if scale.dim() == 2:
-            scale = scale.repeat_interleave(k // scale.shape[1], dim=1)
-            q = q * (_even_first(scale) if even_first else scale).t()
+            q = q * ordered(scale.repeat_interleave(k // scale.shape[1], dim=1)).t()
             scale = 1
         product = multiply(q) * scale
         y[:, part] = product if bias is None else product.add_(bias[part])
@@ -218,12 +236,12 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
 
 
 def _even_first(x: Tensor) -> Tensor:
-    """[N, in] in the order in which `_integers` unpacks the released int4 packing."""
+    """[N, in] in the order of `_from_pairs`."""
     return torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
 
 
-# Each takes x [N, in], and returns what multiplies it by q [in, rows] to [N, rows]; the first three also for how many
-# rows at a time.
+# Each takes x [N, in] and returns a function that multiplies it by q [in, rows]; the first three also return how many
+# rows to pass at a time.
 
 
 def _by_float32(x: Tensor):
@@ -231,10 +249,10 @@ def _by_float32(x: Tensor):
 
 
 def _by_integers(x: Tensor, bits: int):
-    """The fastest way for so many tokens; q is int8."""
+    """The fastest method for this number of tokens; q is int8."""
     n, k = x.shape
     integers = multiplies_integers(bits)
-    if n <= FEW_BFLOAT16[integers] and k % 16 == 0 and has_vector_loops():  # other k: torch reads past the rows
+    if n <= FEW_BFLOAT16[integers] and k % 16 == 0 and has_vector_loops():  # for other k torch reads past the rows
         return _by_bfloat16(x, bits)
     if not integers:
         return _by_float32(x)
@@ -243,12 +261,12 @@ def _by_integers(x: Tensor, bits: int):
 
 def _by_bfloat16(x: Tensor, bits: int):
     x = x.to(torch.bfloat16)
-    rows = _rows(x.shape[1], BLOCK if bits == 4 else 1 << 62)  # int8 is read where it lies, all rows at once
+    rows = _rows(x.shape[1], BLOCK if bits == 4 else 1 << 62)  # int8 is read in place, all rows at once
     return (lambda q: torch._weight_int8pack_mm(x, q.t(), x.new_ones(q.shape[1]))), rows
 
 
 def _by_two_terms(x: Tensor):
-    """x = (first + second / 254) * scale, to a 64,516th of a token's peak; torch is fast with one token at a time."""
+    """x = (first + second / 254) * scale, within 1/64,516 of a token's peak. One token per call is fast in torch."""
     first, scale = _round_tokens(x)
     second = ((x / torch.where(scale == 0, 1, scale) - first) * 254).round_().to(torch.int8)
     pairs = list(zip(first.split(1), second.split(1)))
@@ -256,7 +274,7 @@ def _by_two_terms(x: Tensor):
 
 
 def _by_one_term(x: Tensor):
-    """Each token as one int8 term, but for the channels whose peak is above 8 times the middle one: in float32."""
+    """Each token as one int8 term. Channels whose peak exceeds 8 times the median peak are multiplied in float32."""
     peaks = x.abs().amax(dim=0)
     outliers = (peaks > 8 * peaks.nanmedian()).nonzero().flatten()
     x8, scale = _round_tokens(x.index_fill(1, outliers, 0))
@@ -268,3 +286,8 @@ def _round_tokens(x: Tensor) -> Tuple[Tensor, Tensor]:
     """x [N, in] -> (int8 [N, in], scale [N, 1])."""
     scale = x.abs().amax(dim=1, keepdim=True) / 127
     return (x / torch.where(scale == 0, 1, scale)).round_().to(torch.int8), scale
+
+
+FAMILY = Family(
+    linear, unavailable, Layout(torch.uint8, layout_shape, fits_layout, to_layout, from_layout, linear_in_layout)
+)

@@ -2,35 +2,36 @@
 
     y[n, o] = bias[o] + scale[o] * sum_k q[o, k] * x[n, k]        (a scale per group of k: inside the sum)
 
-The weight stays in the released packing and is restored in registers: no float copy of it ever exists. Sums are
-float32. Three kernels:
+The weight stays in the released packing. Sums are float32, and nothing is added atomically: the same input gives the
+same bits each time. Which kernel computes, by the rows of x:
 
-- `_matvec`, one row: bound by reading the weight, so each thread streams 16-byte runs of it and sums its own columns.
-- `_matmul`, two rows and more: the restored tile is the left operand of `tl.dot`, x (transposed) the right one.
-- `_sum_splits`: where too few output rows are there to fill the card (up to 16 rows of x), the columns are split as
-  well; each split writes float32 sums of its own, and this kernel adds them in order. Nothing is added atomically, so
-  the same input gives the same bits each time.
+- `_skinny`, 1 to 16 rows: bound by reading the weight. A program computes a few outputs; its warps share the columns
+  out among them, restore the weight in registers and multiply on the tensor cores, for one row, too: taking a byte of
+  int4 apart and adding it up in float32 would cost 11 machine instructions, and this way it costs 4 to 5.
+- `_tile`, up to FUSED_ROWS: the restored tile of the weight is the left operand of `tl.dot`, x (transposed) the right
+  one.
+- `_dequantize`, for more rows: PIECE bytes of the weight at a time are restored to x's dtype and multiplied by torch.
+- `_matvec`, one row in float32, or on a card without tensor cores for x's dtype, for which more rows than one go
+  through `_dequantize`.
 
 A byte of int4 holds an even and an odd column. They are never put side by side: the sum over the even columns and the
 sum over the odd ones are two products, and x is split instead (it is the small one).
 
-Every shape is timed over a few configurations when it is first met, which waits for the GPU: run the model once before
-capturing a CUDA graph. Afterwards a call only launches.
-
-For capability 7.5 (Turing) Triton 3.9 makes no tensor-core instructions of `_matmul`: it is correct there, and
-quantization_cpm.py, whose prompts go through torch's matmul, may be the better choice. No speed has been measured yet.
+Tile sizes stand in `tile_for`: nothing is timed while a model runs. `python benchmarks gpu --only tune` times others.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-SKINNY_ROWS = 16  # up to here x is one tile wide, and the columns may be split
-MAX_SPLITS = 8
+from .quantization_format import Family
+
+SKINNY_ROWS, FUSED_ROWS = 16, 256  # up to which `_skinny`, and `_tile`, compute
+PIECE = 32 << 20  # bytes of restored weight that `_dequantize` may hold
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 tl = None  # triton.language: Triton looks a kernel's names up among this module's globals, where `kernels` puts it
 
@@ -57,62 +58,190 @@ def unavailable(device: torch.device) -> Optional[str]:
     return None
 
 
-@torch.no_grad()
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
     """x [N, in] times the restored weight, transposed, plus bias -> [N, out], in x's dtype.
 
     x: float16, bfloat16 or float32, contiguous, N >= 0. weight: int8 [out, in], or [out, in / 2] packed (bits 4).
     weight_scale: [out] or [out, in / group_size], any float dtype. bias: [out] or None. TypeError for another x.
     """
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is {x.dtype}: the Triton kernels take {', '.join(map(str, DTYPES))}")
-    (rows, columns), (out, width) = x.shape, weight.shape  # width: bytes a row
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    if 0 in (rows, columns, out):
-        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    launch = kernels()
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device_of(x):
+            return linear(x, weight, weight_scale, bias, bits)
+    rows, (out, width) = x.shape[0], weight.shape  # width: bytes a row
     group = width // weight_scale.shape[1] if weight_scale.dim() == 2 else 0  # bytes under one scale, 0: the whole row
-    bucket = next((limit for limit in (1, SKINNY_ROWS, 64, 256) if rows <= limit), 1024)  # what the tuning goes by
-    skinny = rows <= SKINNY_ROWS
-    splits, part = 1, y
-    if skinny:
-        tile = 8 if rows == 1 else 64  # output rows a program, roughly
-        splits = max(1, min(MAX_SPLITS, programs_wanted(x.device) * tile // out, width // 512))
-    if splits > 1:
-        part = torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
-    if bits == 4 and skinny:  # an even and an odd column as one word, which the kernel takes apart
-        x = x if x.storage_offset() % 2 == 0 else x.clone()
-        x = x.view(torch.int64 if x.dtype == torch.float32 else torch.int32)
-    elif bits == 4:  # [N, even columns | odd columns]: tiles that load without a stride
+    kernel, launch = plan(rows, out, width, bits, x.dtype, group, x.device)
+    if launch is None:
+        return dequantized_linear(x, weight, weight_scale, bias, bits, group)
+    y = x.new_empty(rows, out)
+    if kernel == "tile" and bits == 4:  # [N, even columns | odd columns]: tiles that load without a stride
         x = x.view(rows, width, 2).transpose(1, 2).contiguous()
-    arguments = (x, weight, weight_scale, bias, part, rows, width, out, bucket)
-    constants = dict(
-        BITS=bits,
-        X=getattr(tl, DTYPES[y.dtype]),
-        GROUP=group,
-        SEGMENT=min(group & -group, 32) or 16,  # bytes summed before their scale is applied: a power of two
-        SPLITS=splits,
-        enable_fp_fusion=True,  # multiply-adds, which Triton 3.10 no longer makes unless told to
-    )
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        if rows == 1:
-            launch["matvec"][lambda meta: (-(-out // meta["BLOCK_O"]), splits)](*arguments, **constants)
-        else:
-            launch["skinny" if skinny else "matmul"][
-                lambda meta: (-(-out // meta["BLOCK_O"]) * -(-rows // meta["BLOCK_N"]), splits)
-            ](*arguments, PAIRS=skinny, **constants)
-        if splits > 1:
-            launch["sum_splits"][(-(-out // 256), rows)](part, bias, y, rows, out, SPLITS=splits, BLOCK_O=256)
+    elif bits == 4 and x.data_ptr() % (2 * x.element_size()):  # it is read in words of an even and an odd column
+        x = x.clone()
+    # one build with and without a bias: where there is none, a pointer stands for it that is not read
+    bias_or_any, has_bias = (weight_scale, 0) if bias is None else (bias, 1)
+    launch(x, weight, weight_scale, bias_or_any, y, rows, width, out, has_bias)
     return y
 
 
-@functools.lru_cache(None)
-def programs_wanted(device: torch.device) -> int:
-    """Programs that keep the card's memory busy: two for each multiprocessor."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+@torch.no_grad()
+def dequantized_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int, group: int
+) -> Tensor:
+    """`linear` by restoring the weight, a few of its rows at a time, each product rounded to x's dtype."""
+    (rows, columns), (out, width) = x.shape, weight.shape
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    if 0 in (rows, columns, out):
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    bias = None if bias is None else bias.to(x.dtype)
+    step = max(1, min(out, PIECE // (columns * x.element_size())))
+    piece = torch.empty(step, columns, dtype=x.dtype, device=x.device)
+    constants = dict(BITS=bits, X=getattr(kernels()["tl"], DTYPES[x.dtype]), GROUP=group, BLOCK_O=4, BLOCK_P=512)
+    for i in range(0, out, step):
+        end = min(i + step, out)
+        grid = (-(-width // 512), -(-(end - i) // 4))
+        kernels()["dequantize"][grid](weight[i:end], weight_scale[i:end], piece, width, end - i, **constants)
+        if bias is None:
+            torch.mm(x, piece[: end - i].t(), out=y[:, i:end])
+        else:
+            torch.addmm(bias[i:end], x, piece[: end - i].t(), out=y[:, i:end])
+    return y
+
+
+# ---- which kernel, in which tiles -----------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """What a program computes: `rows` of x times `outs` outputs, `columns` bytes of the weight at a time in each slice.
+
+    `stages` - 1 such tiles are on their way while one is multiplied.
+    """
+
+    rows: int
+    outs: int
+    columns: int
+    slices: int  # of the columns, `_skinny` only: a warp each
+    warps: int
+    stages: int
+
+
+def tile_for(kernel: str, rows: int, out: int, bits: int) -> Tile:
+    """The tile of a kernel: as few as there can be, since each kind is compiled at its first use, about a second."""
+    if kernel == "matvec":
+        return Tile(1, 8, 512, 1, 4, 1)
+    if kernel == "tile":
+        return Tile(64, 64, 64, 1, 4, 3)
+    return Tile(8, 32, 64, 8, 8, 3) if rows <= 8 else Tile(16, 32, 64, 4, 4, 3)  # 64 KiB of shared memory, 48 KiB
+
+
+@functools.lru_cache(4096)
+def plan(rows: int, out: int, width: int, bits: int, dtype: torch.dtype, group: int, device: torch.device) -> tuple:
+    """(name of the kernel, its launch without the tensors) for a product; launch is None: restore the weight."""
+    if dtype not in DTYPES:
+        raise TypeError(f"x is {dtype}: the Triton kernels take {', '.join(map(str, DTYPES))}")
+    tensor_cores = has_tensor_cores(dtype, device)
+    kernel = "skinny" if rows <= SKINNY_ROWS else "tile" if rows <= FUSED_ROWS else None
+    if not tensor_cores:
+        kernel = "matvec" if rows == 1 else None
+    if kernel is None or 0 in (rows, out, width):
+        return kernel, None
+    tile = tile_for(kernel, rows, out, bits)
+    language = kernels()["tl"]
+    constants = dict(
+        BITS=bits,
+        X=getattr(language, DTYPES[dtype]),
+        GROUP=group,
+        SEGMENT=min(group & -group, 32) or 16,  # bytes under one scale, at least: a power of two
+        BLOCK_O=tile.outs,
+        BLOCK_P=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages if torch.version.hip is None else min(tile.stages, 2),  # 64 KiB of shared memory there
+        enable_fp_fusion=True,  # multiply-adds, which Triton 3.10 no longer makes unless told to
+    )
+    programs = (-(-out // tile.outs),)
+    if kernel != "matvec":
+        nvidia = device.type == "cuda" and not torch.version.hip
+        constants.update(BLOCK_N=tile.rows, PTX=PTX[bits, dtype] if nvidia else None)
+    if kernel == "skinny":
+        constants.update(SLICES=tile.slices)
+    if kernel == "tile":  # the tiles of x take turns at one tile of the weight, which stays in the cache
+        programs = (-(-rows // tile.rows), *programs)
+    return kernel, functools.partial(kernels()[kernel][programs], **constants)
+
+
+def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton makes tensor-core instructions for this dtype: for Turing (7.5) it makes none."""
+    if dtype == torch.float32:  # TF32 would cost accuracy
+        return False
+    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # ---- the kernels: plain functions until `kernels` wraps them, so that importing this file imports no Triton ---------
+
+# Four bytes of a weight, the last operand, to their columns as pairs of x's dtype: int4 to the even columns ($0, $1)
+# and the odd ones ($2, $3), int8 to $0 and $1. It is what `_int4_half` and `_int8_half` say, two weights at a time,
+# which the compiler does not find by itself. An integer with its sign bit flipped becomes the low mantissa bits of 1024
+# (float16), 128 (bfloat16) or 2^23 (int8 for bfloat16, whose mantissa is too short); lop3 0x6a is (a & b) ^ c.
+PTX = {
+    (4, torch.float16): """{
+        .reg .b32 a, b, c, d;
+        prmt.b32 a, $4, 0, 0x4140;
+        prmt.b32 b, $4, 0, 0x4342;
+        lop3.b32 $0, a, 0x00f000f0, 0x64806480, 0x6a;
+        lop3.b32 $1, b, 0x00f000f0, 0x64806480, 0x6a;
+        lop3.b32 $2, a, 0x000f000f, 0x64086408, 0x6a;
+        lop3.b32 $3, b, 0x000f000f, 0x64086408, 0x6a;
+        mov.b32 c, 0x2c002c00;
+        mov.b32 d, 0xd480d480;
+        fma.rn.f16x2 $0, $0, c, d;
+        fma.rn.f16x2 $1, $1, c, d;
+        mov.b32 d, 0xe408e408;
+        add.rn.f16x2 $2, $2, d;
+        add.rn.f16x2 $3, $3, d;
+    }""",
+    (4, torch.bfloat16): """{
+        .reg .b32 a, b, c, d;
+        prmt.b32 a, $4, 0, 0x4140;
+        prmt.b32 b, $4, 0, 0x4342;
+        shr.u32 c, a, 4;
+        shr.u32 d, b, 4;
+        lop3.b32 $0, c, 0x000f000f, 0x43084308, 0x6a;
+        lop3.b32 $1, d, 0x000f000f, 0x43084308, 0x6a;
+        lop3.b32 $2, a, 0x000f000f, 0x43084308, 0x6a;
+        lop3.b32 $3, b, 0x000f000f, 0x43084308, 0x6a;
+        mov.b32 c, 0x3f803f80;
+        mov.b32 d, 0xc308c308;
+        fma.rn.bf16x2 $0, $0, c, d;
+        fma.rn.bf16x2 $1, $1, c, d;
+        fma.rn.bf16x2 $2, $2, c, d;
+        fma.rn.bf16x2 $3, $3, c, d;
+    }""",
+    (8, torch.float16): """{
+        .reg .b32 a, b, c;
+        xor.b32 a, $2, 0x80808080;
+        mov.b32 b, 0x64646464;
+        mov.b32 c, 0xe480e480;
+        prmt.b32 $0, a, b, 0x4140;
+        prmt.b32 $1, a, b, 0x4342;
+        add.rn.f16x2 $0, $0, c;
+        add.rn.f16x2 $1, $1, c;
+    }""",
+    (8, torch.bfloat16): """{
+        .reg .b32 a, b, c, d, e, f, g;
+        xor.b32 a, $2, 0x80808080;
+        mov.b32 b, 0x4b000000;
+        mov.b32 c, 0xcb000080;
+        prmt.b32 d, a, b, 0x7440;
+        prmt.b32 e, a, b, 0x7441;
+        prmt.b32 f, a, b, 0x7442;
+        prmt.b32 g, a, b, 0x7443;
+        add.rn.f32 d, d, c;
+        add.rn.f32 e, e, c;
+        add.rn.f32 f, f, c;
+        add.rn.f32 g, g, c;
+        prmt.b32 $0, d, e, 0x7632;
+        prmt.b32 $1, f, g, 0x7632;
+    }""",
+}
 
 
 def _int4(packed):
@@ -133,6 +262,36 @@ def _int8(byte):
     return ((byte.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
 
 
+def _int4_half(packed, X: tl.constexpr, PTX: tl.constexpr):
+    """`_int4` in X, float16 or bfloat16; every step is exact there, too. PTX: the instructions, where they run."""
+    if PTX is not None and X == tl.float16:
+        operands: tl.constexpr = "=&r,=&r,=&r,=&r,r"
+        return tl.inline_asm_elementwise(PTX, operands, [packed], (tl.float16, tl.float16), is_pure=True, pack=4)
+    elif PTX is not None:
+        operands: tl.constexpr = "=&r,=&r,=&r,=&r,r"
+        return tl.inline_asm_elementwise(PTX, operands, [packed], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
+    elif X == tl.float16:
+        word = packed.to(tl.int16)
+        even = ((word & 0xF0) ^ 0x6480).to(tl.int16).to(X, bitcast=True) * 0.0625 - 72.0
+        odd = ((word & 0x0F) ^ 0x6408).to(tl.int16).to(X, bitcast=True) - 1032.0
+        return even.to(X), odd.to(X)
+    else:
+        even, odd = _int4(packed)
+        return even.to(X), odd.to(X)
+
+
+def _int8_half(byte, X: tl.constexpr, PTX: tl.constexpr):
+    """`_int8` in X, float16 or bfloat16. PTX: as for `_int4_half`."""
+    if PTX is not None and X == tl.float16:
+        return tl.inline_asm_elementwise(PTX, "=&r,=&r,r", [byte], tl.float16, is_pure=True, pack=4)
+    elif PTX is not None:
+        return tl.inline_asm_elementwise(PTX, "=&r,=&r,r", [byte], tl.bfloat16, is_pure=True, pack=4)
+    elif X == tl.float16:
+        return (((byte.to(tl.int16) & 0xFF) ^ 0x6480).to(tl.int16).to(X, bitcast=True) - 1152.0).to(X)
+    else:
+        return _int8(byte).to(X)
+
+
 def _pair(word, X: tl.constexpr):
     """(even, odd) columns of x from words of two."""
     if X == tl.float32:
@@ -142,145 +301,182 @@ def _pair(word, X: tl.constexpr):
     return even.to(X, bitcast=True), odd.to(X, bitcast=True)
 
 
-def _segment_scales(
-    scale_ptr, outs, start, width, out, GROUP: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """float32 [BLOCK_O, BLOCK_P / SEGMENT]: the scale of each segment from byte `start` on."""
-    first = start + tl.arange(0, BLOCK_P // SEGMENT) * SEGMENT
-    offsets = outs[:, None].to(tl.int64) * (width // GROUP) + first[None, :] // GROUP
-    return tl.load(scale_ptr + offsets, (outs[:, None] < out) & (first[None, :] < width), other=0).to(tl.float32)
+def _words(x_ptr, X: tl.constexpr):
+    """x's address, as of words of two columns."""
+    if X == tl.float32:
+        return x_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+    else:
+        return x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+def _finish(sums, outs, out, scale_ptr, bias_ptr, has_bias, GROUP: tl.constexpr):
+    """Finished float32 sums [BLOCK_O, ...] of `outs`, times the scale of a row, plus the bias."""
+    if not GROUP:
+        sums *= tl.load(scale_ptr + outs, outs < out, other=0).to(tl.float32)
+    return sums + tl.load(bias_ptr + outs, outs < out * has_bias, other=0).to(tl.float32)
 
 
 def _matvec(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, rows, width, out, bucket,
-    BITS: tl.constexpr, X: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, SPLITS: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, rows, width, out, has_bias,
+    BITS: tl.constexpr, X: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One row of x: program (i, s) computes BLOCK_O outputs over split s of the bytes, BLOCK_P at a time."""
+    """One row of x without tensor cores: a program computes BLOCK_O outputs, BLOCK_P bytes at a time.
+
+    A thread streams runs of 16 bytes and sums its own columns.
+    """
     outs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    chunk = tl.cdiv(tl.cdiv(width, BLOCK_P), SPLITS) * BLOCK_P
-    first = tl.program_id(1) * chunk
+    segments = tl.arange(0, BLOCK_P // SEGMENT) * SEGMENT
     sums = tl.zeros([BLOCK_O, BLOCK_P // SEGMENT], tl.float32)
-    for start in range(first, tl.minimum(first + chunk, width), BLOCK_P):
+    for start in range(0, width, BLOCK_P):
         cols = start + tl.arange(0, BLOCK_P)
         offsets = outs[:, None].to(tl.int64) * width + cols[None, :]
         inside = (outs[:, None] < out) & (cols[None, :] < width)
         w = tl.load(weight_ptr + offsets, inside, other=0, eviction_policy="evict_first")  # read once: keep x cached
-        x = tl.load(x_ptr + cols, cols < width, other=0)
         if BITS == 4:
             w_even, w_odd = _int4(w)
-            x_even, x_odd = _pair(x, X)
+            x_even, x_odd = _pair(tl.load(_words(x_ptr, X) + cols, cols < width, other=0), X)
             product = w_even * x_even.to(tl.float32)[None, :] + w_odd * x_odd.to(tl.float32)[None, :]
         else:
-            product = _int8(w) * x.to(tl.float32)[None, :]
+            product = _int8(w) * tl.load(x_ptr + cols, cols < width, other=0).to(tl.float32)[None, :]
         partial = tl.sum(tl.reshape(product, [BLOCK_O, BLOCK_P // SEGMENT, SEGMENT]), axis=2)
         if GROUP:
-            partial *= _segment_scales(scale_ptr, outs, start, width, out, GROUP, SEGMENT, BLOCK_P)
+            first = start + segments
+            offsets = outs[:, None].to(tl.int64) * (width // GROUP) + first[None, :] // GROUP
+            inside = (outs[:, None] < out) & (first[None, :] < width)
+            partial *= tl.load(scale_ptr + offsets, inside, other=0).to(tl.float32)
         sums += partial
-    y = tl.sum(sums, axis=1)  # (BLOCK_O,)
-    if not GROUP:
-        y *= tl.load(scale_ptr + outs, outs < out, other=0).to(tl.float32)
-    if SPLITS == 1 and bias_ptr is not None:
-        y += tl.load(bias_ptr + outs, outs < out, other=0).to(tl.float32)
-    tl.store(y_ptr + tl.program_id(1) * out + outs, y.to(y_ptr.dtype.element_ty), outs < out)
+    y = _finish(tl.sum(sums, axis=1), outs, out, scale_ptr, bias_ptr, has_bias, GROUP)
+    tl.store(y_ptr + outs, y.to(X), outs < out)
 
 
-def _matmul(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, rows, width, out, bucket,
-    BITS: tl.constexpr, X: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, SPLITS: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
+def _skinny(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, rows, width, out, has_bias,
+    BITS: tl.constexpr, X: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, SLICES: tl.constexpr,
+    PTX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, transposed: program (i, s) computes [BLOCK_O, BLOCK_N] over split s of the bytes, BLOCK_P at a time.
+    """A few rows of x: a program computes [BLOCK_O, BLOCK_N] of y, transposed, SLICES * BLOCK_P bytes at a time.
 
-    Int4's x is words of two columns with PAIRS, else [N, 2, width]. With groups, a restored weight q * scale is rounded
-    to x's dtype, as a dequantized one is; a scale per row is applied to the finished float32 sum.
+    The slices are the batch of a batched product, which Triton gives a warp each; their sums are added at the end.
+    With groups, a restored weight q * scale is rounded to x's dtype, as a dequantized one is.
     """
-    tiles_o, tiles_n = tl.cdiv(out, BLOCK_O), tl.cdiv(rows, BLOCK_N)
-    band = tl.program_id(0) // (16 * tiles_o)  # 16 tiles of x are kept in the cache while the weight passes by
-    height = tl.minimum(tiles_n - band * 16, 16)
-    inside = tl.program_id(0) % (16 * tiles_o)
-    outs = inside // height * BLOCK_O + tl.arange(0, BLOCK_O)
-    ns = (band * 16 + inside % height) * BLOCK_N + tl.arange(0, BLOCK_N)
-    planes: tl.constexpr = 2 if BITS == 4 and not PAIRS else 1
-    chunk = tl.cdiv(tl.cdiv(width, BLOCK_P), SPLITS) * BLOCK_P
-    first = tl.program_id(1) * chunk
-    sums = tl.zeros([BLOCK_O, BLOCK_N], tl.float32)
-    for start in range(first, tl.minimum(first + chunk, width), BLOCK_P):
-        cols = start + tl.arange(0, BLOCK_P)
-        offsets = outs[:, None].to(tl.int64) * width + cols[None, :]
-        w = tl.load(weight_ptr + offsets, (outs[:, None] < out) & (cols[None, :] < width), other=0)
-        x_ptrs = x_ptr + ns[None, :].to(tl.int64) * (planes * width) + cols[:, None]
-        inside_x = (ns[None, :] < rows) & (cols[:, None] < width)
-        x = tl.load(x_ptrs, inside_x, other=0)
+    outs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    ns = tl.arange(0, BLOCK_N)
+    cols = (tl.arange(0, SLICES) * BLOCK_P)[:, None] + tl.arange(0, BLOCK_P)[None, :]
+    held = tl.minimum(outs, out - 1).to(tl.int64)  # rows beyond the last repeat it, and are not stored
+    w_ptrs = weight_ptr + held[None, :, None] * width + cols[:, None, :]
+    x_words = _words(x_ptr, X) if BITS == 4 else x_ptr
+    x_ptrs = x_words + (ns.to(tl.int64) * width)[None, None, :] + cols[:, :, None]
+    sums = tl.zeros([SLICES, BLOCK_O, BLOCK_N], tl.float32)
+    for start in range(0, width, SLICES * BLOCK_P):
+        w = tl.load(w_ptrs + start, (cols < width - start)[:, None, :], other=0)
+        x = tl.load(x_ptrs + start, (cols < width - start)[:, :, None] & (ns < rows)[None, None, :], other=0)
         if GROUP:
-            scales = _segment_scales(scale_ptr, outs, start, width, out, GROUP, SEGMENT, BLOCK_P)[:, :, None]
-            scales = tl.broadcast_to(scales, [BLOCK_O, BLOCK_P // SEGMENT, SEGMENT])
+            segments = (tl.arange(0, SLICES) * BLOCK_P)[:, None]
+            segments += (tl.arange(0, BLOCK_P // SEGMENT) * SEGMENT)[None, :] + start
+            offsets = held[None, :, None] * (width // GROUP) + (segments // GROUP)[:, None, :]
+            scales = tl.load(scale_ptr + offsets, (segments < width)[:, None, :], other=0).to(tl.float32)
+            scales = tl.broadcast_to(scales[:, :, :, None], [SLICES, BLOCK_O, BLOCK_P // SEGMENT, SEGMENT])
+            scales = tl.reshape(scales, [SLICES, BLOCK_O, BLOCK_P])
+        if BITS == 4:
+            w_even, w_odd = _int4_half(w, X, PTX)
+            x_even, x_odd = _pair(x, X)
+            if GROUP:
+                w_even, w_odd = (w_even.to(tl.float32) * scales).to(X), (w_odd.to(tl.float32) * scales).to(X)
+            sums = tl.dot(w_even, x_even, sums)
+            sums = tl.dot(w_odd, x_odd, sums)
+        else:
+            w_all = _int8_half(w, X, PTX)
+            if GROUP:
+                w_all = (w_all.to(tl.float32) * scales).to(X)
+            sums = tl.dot(w_all, x, sums)
+    y = tl.sum(sums, axis=0)
+    y = _finish(y, outs[:, None], out, scale_ptr, bias_ptr, has_bias, GROUP)
+    y_ptrs = y_ptr + ns[None, :].to(tl.int64) * out + outs[:, None]
+    tl.store(y_ptrs, y.to(X), (outs[:, None] < out) & (ns[None, :] < rows))
+
+
+def _tile(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, y_ptr, rows, width, out, has_bias,
+    BITS: tl.constexpr, X: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) computes [BLOCK_O, BLOCK_N] of y, transposed, BLOCK_P bytes at a time; int4's x is [N, 2, width].
+
+    Groups are as in `_skinny`.
+    """
+    outs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    ns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    planes: tl.constexpr = 2 if BITS == 4 else 1
+    cols = tl.arange(0, BLOCK_P)
+    held = tl.minimum(outs, out - 1).to(tl.int64)
+    w_ptrs = weight_ptr + held[:, None] * width + cols[None, :]
+    x_ptrs = x_ptr + tl.minimum(ns, rows - 1).to(tl.int64)[None, :] * (planes * width) + cols[:, None]
+    sums = tl.zeros([BLOCK_O, BLOCK_N], tl.float32)
+    for start in range(0, width, BLOCK_P):
+        w = tl.load(w_ptrs + start, (cols < width - start)[None, :], other=0)
+        x = tl.load(x_ptrs + start, (cols < width - start)[:, None], other=0)
+        if GROUP:
+            segments = tl.arange(0, BLOCK_P // SEGMENT) * SEGMENT + start
+            offsets = held[:, None] * (width // GROUP) + (segments // GROUP)[None, :]
+            scales = tl.load(scale_ptr + offsets, (segments < width)[None, :], other=0).to(tl.float32)
+            scales = tl.broadcast_to(scales[:, :, None], [BLOCK_O, BLOCK_P // SEGMENT, SEGMENT])
             scales = tl.reshape(scales, [BLOCK_O, BLOCK_P])
         if BITS == 4:
-            w_even, w_odd = _int4(w)
+            x_odd = tl.load(x_ptrs + width + start, (cols < width - start)[:, None], other=0)
+            w_even, w_odd = _int4_half(w, X, PTX)
             if GROUP:
-                w_even, w_odd = w_even * scales, w_odd * scales
-            if PAIRS:
-                x, x_odd = _pair(x, X)
-            else:
-                x_odd = tl.load(x_ptrs + width, inside_x, other=0)
-            sums = tl.dot(w_even.to(X), x, sums, input_precision="ieee")
-            sums = tl.dot(w_odd.to(X), x_odd, sums, input_precision="ieee")
+                w_even, w_odd = (w_even.to(tl.float32) * scales).to(X), (w_odd.to(tl.float32) * scales).to(X)
+            sums = tl.dot(w_even, x, sums)
+            sums = tl.dot(w_odd, x_odd, sums)
         else:
-            w_all = _int8(w)
+            w_all = _int8_half(w, X, PTX)
             if GROUP:
-                w_all *= scales
-            sums = tl.dot(w_all.to(X), x, sums, input_precision="ieee")
-    if not GROUP:
-        sums *= tl.load(scale_ptr + outs, outs < out, other=0).to(tl.float32)[:, None]
-    if SPLITS == 1 and bias_ptr is not None:
-        sums += tl.load(bias_ptr + outs, outs < out, other=0).to(tl.float32)[:, None]
-    y_ptrs = y_ptr + (tl.program_id(1) * rows + ns[None, :]).to(tl.int64) * out + outs[:, None]
-    tl.store(y_ptrs, sums.to(y_ptr.dtype.element_ty), (outs[:, None] < out) & (ns[None, :] < rows))
+                w_all = (w_all.to(tl.float32) * scales).to(X)
+            sums = tl.dot(w_all, x, sums)
+    y = _finish(sums, outs[:, None], out, scale_ptr, bias_ptr, has_bias, GROUP)
+    y_ptrs = y_ptr + ns[None, :].to(tl.int64) * out + outs[:, None]
+    tl.store(y_ptrs, y.to(X), (outs[:, None] < out) & (ns[None, :] < rows))
 
 
-def _sum_splits(part_ptr, bias_ptr, y_ptr, rows, out, SPLITS: tl.constexpr, BLOCK_O: tl.constexpr):
-    """y [N, out] = the sum, in order, of part [SPLITS, N, out] + bias."""
-    outs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row = tl.program_id(1).to(tl.int64)
-    sums = tl.zeros([BLOCK_O], tl.float32)
-    for split in range(SPLITS):
-        sums += tl.load(part_ptr + (split * rows + row) * out + outs, outs < out, other=0)
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + outs, outs < out, other=0).to(tl.float32)
-    tl.store(y_ptr + row * out + outs, sums.to(y_ptr.dtype.element_ty), outs < out)
+def _dequantize(
+    weight_ptr, scale_ptr, restored_ptr, width, out,
+    BITS: tl.constexpr, X: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """restored [out, in] = q * scale, rounded to X. Program (i, j): BLOCK_P bytes of BLOCK_O rows."""
+    outs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    cols = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offsets = outs[:, None].to(tl.int64) * width + cols[None, :]
+    inside = (outs[:, None] < out) & (cols[None, :] < width)
+    w = tl.load(weight_ptr + offsets, inside, other=0)
+    if GROUP:
+        scale_ptrs = scale_ptr + outs[:, None].to(tl.int64) * (width // GROUP) + cols[None, :] // GROUP
+        scales = tl.load(scale_ptrs, inside, other=0).to(tl.float32)
+    else:
+        scales = tl.load(scale_ptr + outs, outs < out, other=0).to(tl.float32)[:, None]
+    if BITS == 4:
+        even, odd = _int4(w)
+        restored = tl.reshape(tl.join((even * scales).to(X), (odd * scales).to(X)), [BLOCK_O, 2 * BLOCK_P])
+        cols = tl.program_id(0) * 2 * BLOCK_P + tl.arange(0, 2 * BLOCK_P)
+        inside = (outs[:, None] < out) & (cols[None, :] < 2 * width)
+        tl.store(restored_ptr + outs[:, None].to(tl.int64) * (2 * width) + cols[None, :], restored, inside)
+    else:
+        tl.store(restored_ptr + offsets, (_int8(w) * scales).to(X), inside)
 
 
 @functools.lru_cache(None)
 def kernels() -> dict:
-    """The kernels by name, ready to launch. The first call imports Triton."""
+    """The kernels by name, ready to launch, and triton.language as "tl". The first call imports Triton."""
     import triton
     import triton.language
 
     names = globals()
     names["tl"] = triton.language
-    for helper in (_int4, _int8, _pair, _segment_scales):
+    for helper in (_int4, _int8, _int4_half, _int8_half, _pair, _words, _finish):
         names[helper.__name__] = triton.jit(getattr(helper, "fn", helper))  # two threads may come here at once
-    jit = triton.jit(do_not_specialize=["rows", "bucket"])  # one build for every N
+    jit = triton.jit(do_not_specialize=["rows", "has_bias"])  # one build for every N, with and without a bias
+    products = {"matvec": jit(_matvec), "skinny": jit(_skinny), "tile": jit(_tile)}
+    return {**products, "dequantize": triton.jit(_dequantize), "tl": triton.language}
 
-    def tuned(kernel, blocks, configs):
-        """`kernel`, timed where a shape is new over configs: the sizes of `blocks`, then warps and pipeline stages."""
 
-        def prune(configs, named_args, **meta):  # float32 has no tensor cores here, and large tiles would not fit
-            small = [c for c in configs if c.kwargs["BLOCK_O"] * c.kwargs.get("BLOCK_N", 1) <= 4096]
-            return small if meta["X"] == tl.float32 else configs
-
-        configs = [triton.Config(dict(zip(blocks, c)), num_warps=c[-2], num_stages=c[-1]) for c in configs]
-        key = ["width", "out", "bucket", "BITS", "GROUP", "SPLITS"]
-        return triton.autotune(configs, key=key, prune_configs_by={"early_config_prune": prune})(kernel)
-
-    vector = [(8, 512, 4, 1), (4, 1024, 4, 1), (8, 1024, 4, 1), (16, 512, 4, 1), (4, 2048, 4, 1)]
-    skinny = [(16, 64, 64, 4, 4), (16, 64, 128, 4, 3), (16, 32, 128, 4, 4), (16, 32, 64, 4, 4)]
-    tiles = [(64, 64, 32, 4, 2), (32, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3)]
-    matmul = jit(_matmul)
-    return {
-        "matvec": tuned(jit(_matvec), ("BLOCK_O", "BLOCK_P"), vector),
-        "skinny": tuned(matmul, ("BLOCK_N", "BLOCK_O", "BLOCK_P"), skinny),
-        "matmul": tuned(matmul, ("BLOCK_N", "BLOCK_O", "BLOCK_P"), tiles),
-        "sum_splits": jit(_sum_splits),
-    }
+FAMILY = Family(linear, unavailable)

@@ -1,8 +1,7 @@
-"""The only file that knows torch's versions: what the package asks of it, from 2.0 on.
+"""The only file that depends on torch's version, from 2.0 on.
 
-2.0 has all that the float model computes with. Compiling (`torch.compile` with a static cache) was tested on 2.13 only;
-the op of int8 and int4 layers is seen by the compiler from 2.4 on (`torch.library.custom_op`), and runs outside of
-compiled graphs before.
+The float model needs nothing newer than 2.0. `torch.compile` with a static cache was tested on 2.13 only. The op of
+int8 and int4 layers is part of compiled graphs from 2.4 on (`torch.library.custom_op`); before, it breaks them.
 """
 
 import torch
@@ -13,7 +12,7 @@ if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
 else:  # delete with torch 2.2
 
     def is_compiling():
-        """Whether this call is being traced by torch.compile: taken for False, which breaks a graph, never a result."""
+        """Whether torch.compile is tracing this call. False can break a graph, but never changes a result."""
         return False
 
 
@@ -28,11 +27,11 @@ else:  # delete with torch 2.4
         return (weight * wide).to(x.dtype)
 
 
-def is_watched(x):
-    """Whether a call with x is followed by something besides its caller, which has to be told by an op of torch's.
+def needs_dispatch(x):
+    """Whether a call with x must go through torch's dispatcher as an op.
 
-    A gradient, a compiler, a trace, a mode that sees every op, a subclass of Tensor. Eager inference has none of them,
-    and is spared the dispatch: 10 to 25 microseconds, which a token would pay at each of its layers.
+    It must for gradients, compilers, traces, dispatch modes and subclasses of Tensor. Eager inference has none of these
+    and saves 10 to 25 microseconds per layer and token.
     """
     return (
         x.requires_grad
@@ -44,7 +43,7 @@ def is_watched(x):
 
 
 def autocast_dtype(kind):
-    """The dtype that autocast computes in on devices of this kind ("cpu", "cuda"), or None where it is off."""
+    """The dtype of autocast on this type of device ("cpu", "cuda"), or None where autocast is off."""
     if kind == "meta":
         return None
     if hasattr(torch, "get_autocast_dtype"):

@@ -90,7 +90,7 @@ def update_paged(cache, key, value, layer_idx, kwargs):
 
 def is_static(cache):
     """Whether the cache holds room for a fixed number of tokens, and hands all of it out."""
-    if VERSION < (4, 46):  # delete with 4.46
+    if VERSION < (4, 49):  # delete with 4.49
         return hasattr(cache, "max_cache_len")
     return getattr(cache, "is_compileable", False)
 
@@ -103,7 +103,10 @@ def cache_size(cache, new):
     seen = cache.get_seq_length()
     if not is_static(cache):
         return seen, seen + new
-    return seen, getattr(cache, "get_max_cache_shape", getattr(cache, "get_max_length", None))()  # its names, in turns
+    names = ["get_max_cache_shape", "get_max_length"]  # the second from 5.9 on, and before 4.46
+    if VERSION >= (5, 0):
+        names.reverse()
+    return seen, getattr(cache, next(name for name in names if hasattr(cache, name)))()
 
 
 def cache_kwargs(cache, new, device, cache_position=None):
@@ -261,6 +264,23 @@ def their_causal_mask(config, x, attention_mask, cache, position_ids, cache_posi
     if VERSION < (5, 4):
         known.update(cache_kwargs(cache, x.shape[1], x.device, cache_position))
     return create_causal_mask(**known, **{"inputs_embeds" if VERSION >= (5, 2) else "input_embeds": x})
+
+
+# ---- the configuration ----------------------------------------------------------------------------------------------
+
+
+class ConfigFallbacks:
+    """The original's name of the dtype, which newer releases serve with a warning."""
+
+    if VERSION >= (4, 56):
+
+        @property
+        def torch_dtype(self):
+            return self.dtype
+
+        @torch_dtype.setter
+        def torch_dtype(self, dtype):
+            self.dtype = dtype
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

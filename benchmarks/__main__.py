@@ -9,6 +9,8 @@
     python benchmarks loading       peak memory of quantizing a 12.5 GB checkpoint while it loads
     python benchmarks footprint     memory that int4 or int8 takes at the 6.2B shapes, with a prompt and an answer
     python benchmarks quality       what int8, int4 and int4 in groups do to the toy's answers
+    python benchmarks gpu           one prepared run on a GPU: correct, how fast, in how much memory
+    python benchmarks sass          machine instructions that the GPU kernels spend on a byte of weights
     python benchmarks tables        write the READMEs' tables and the pictures from results/
 
 Each takes --help. A run prints one JSON line and adds it to results/: the settings, the hardware, the versions, the

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "export")]
 import conftest  # noqa: E402, F401  (makes the repository importable as `chatglm2`)
-from chatglm2 import quantization, quantization_cpu  # noqa: E402, F401
+from chatglm2 import quantization, quantization_cpu, quantization_format  # noqa: E402, F401
 from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
-from chatglm2.transformers_compat import grow_in_place  # noqa: E402
+from chatglm2.transformers_compat import CACHE, grow_in_place  # noqa: E402, F401
 from to_glm import glm_config, glm_state_dict  # noqa: E402
 from transformers import DynamicCache, GlmForCausalLM  # noqa: E402
 
@@ -101,10 +101,11 @@ def filled_cache(model, context, cache=None):
         cache = DynamicCache()
         if isinstance(model, ChatGLMForConditionalGeneration):
             grow_in_place(cache)
-    config, generator = model.config, torch.Generator().manual_seed(0)
+    config, device = model.config, model.device
+    generator = torch.Generator(device).manual_seed(0)
     size = (1, config.num_key_value_heads, context, config.head_dim)
     for layer in range(config.num_hidden_layers):
-        key, value = (torch.randn(size, generator=generator).to(model.device, model.dtype) for _ in range(2))
+        key, value = (torch.randn(size, generator=generator, device=device).to(model.dtype) for _ in range(2))
         cache.update(key, value, layer)
     return cache
 

@@ -8,6 +8,7 @@ import statistics
 
 import torch
 from common import (
+    CACHE,
     cache_bytes,
     contenders,
     filled_cache,
@@ -36,7 +37,7 @@ def step(model, cache):
 
     @torch.no_grad()
     def work():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, use_cache=True, **{CACHE: cache})
 
     return work
 

@@ -5,6 +5,7 @@ the rest of the step is overhead: norms, rotations, the activation, the cache, P
 """
 
 import statistics
+from functools import partial
 
 import torch
 from common import filled_cache, in_turns, machine, milliseconds, quantization, random_model, record
@@ -33,16 +34,25 @@ def bare_work(model, cache):
     }
     query = torch.randn(1, config.num_attention_heads, 1, config.kv_channels, device=device).to(model.dtype)
 
-    kernel = quantization.family(quantization.choose("auto", device)).linear
+    family = quantization.family(quantization.choose("auto", device))
+
+    def product(layer):
+        """The layer's matrix product alone, by its kernel where it is quantized."""
+        x = inputs[layer.in_features]
+        if not isinstance(layer, quantization.QuantizedLinear):
+            return partial(layer, x)
+        weights = layer.lay_out()
+        kernel = family.linear if weights.layout == quantization.RELEASED else family.layout.linear
+        return partial(
+            kernel, x[0], *(weights.parameters[name] for name in ("weight", "weight_scale", "bias")), layer.bits
+        )
+
+    products = [product(layer) for layer in linears]
 
     @torch.no_grad()
     def work():
-        for layer in linears:
-            x = inputs[layer.in_features]
-            if isinstance(layer, quantization.QuantizedLinear):
-                kernel(x[0], layer.weight, layer.weight_scale, layer.bias, layer.bits)
-            else:
-                layer(x)
+        for multiply in products:
+            multiply()
         for held in cache.layers:
             sdpa_attention(None, query, held.keys, held.values, None, scaling=None)
 

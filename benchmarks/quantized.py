@@ -16,6 +16,7 @@ from common import (
     memory_bandwidth,
     quantization,
     quantization_cpu,
+    quantization_format,
     random_model,
     ratio,
     record,
@@ -45,7 +46,7 @@ def arguments(parser):
 def feed(model, tokens, cache=None):
     """Pass so many tokens, and return the cache."""
     ids = torch.arange(100, 100 + tokens, device=model.device)[None]
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    return model(ids, cache=cache, use_cache=True, logits_to_keep=1).cache
 
 
 def time_ours(model, task):
@@ -62,8 +63,8 @@ def time_original(block, layers, task):
     total, tokens = 0.0, 1 if task == "decode" else TASKS[task]
     for layer in block:
         x = torch.randn(tokens, layer.in_features, device=layer.weight.device).to(layer.weight_scale.dtype)
-        weight = quantization.released(layer.weight, layer.weight_scale, layer.in_features, layer.bits)
-        work = partial(quantization.reference_linear, x, weight, layer.weight_scale, layer.bias, layer.bits)
+        weight = layer.state_dict()["weight"]  # in the released packing
+        work = partial(quantization_format.reference_linear, x, weight, layer.weight_scale, layer.bias, layer.bits)
         total += seconds(work, x.device)
     return total * layers * TASKS[task] / tokens
 
@@ -102,17 +103,17 @@ def linear_bandwidth(layers):
 def errors(bits, backend, group_size, dtype, device):
     """Relative to float32 with the same weights: Gaussian inputs, and 8 channels of them 30 times the size."""
     torch.manual_seed(0)
-    weight, scale = quantization.quantize_weight(torch.randn(512, 4096, device=device), bits, group_size)
+    weight, scale = quantization_format.quantize_weight(torch.randn(512, 4096, device=device), bits, group_size)
+    layer = quantization.QuantizedLinear(4096, 512, bits, bias=False, group_size=group_size, backend=backend)
+    layer.weight, layer.weight_scale = (torch.nn.Parameter(t, requires_grad=False) for t in (weight, scale))
     result = {}
     for name, size in (("gaussian", 1), ("outliers", 30)):
         for tokens in (1, 64):
             x = torch.randn(tokens, 4096, device=device)
             x[:, torch.randperm(4096)[:8]] *= size
             x = x.to(dtype)
-            want = quantization.reference_linear(x.float(), weight, scale, None, bits)
-            kernel = quantization.family(quantization.choose(backend, x.device))
-            got = kernel.linear(x, kernel.laid_out(weight, 4096, bits, group_size), scale, None, bits)
-            result[f"{name}, {tokens} tokens"] = round(((got.float() - want).norm() / want.norm()).item(), 5)
+            want = quantization_format.reference_linear(x.float(), weight, scale, None, bits)
+            result[f"{name}, {tokens} tokens"] = round(((layer(x).float() - want).norm() / want.norm()).item(), 5)
     return result
 
 

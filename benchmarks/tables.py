@@ -1,4 +1,4 @@
-"""Write the tables of README.md, README_zh.md and benchmarks/README.md, and the pictures, from results/*.jsonl.
+"""Write the tables of the READMEs and of docs/, and the pictures, from results/*.jsonl.
 
 A table stands between two comments, `<!-- NAME: made by ... -->` and `<!-- end of NAME -->`, and shows the newest run
 of each kind. Running it again changes nothing. The pictures need matplotlib.
@@ -11,29 +11,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ORIGINAL = "dequantize, then multiply"  # what the released code does
+NOT_YET = "not measured yet"  # what a cell says until results/ holds the run
 CHINESE = {
-    "context": "上下文",
-    "GlmForCausalLM / ours": "GlmForCausalLM / 本项目",
-    "limit, ms": "极限，毫秒",
-    "explained by bytes": "可由读取字节解释",
-    "ours, ms": "本项目，毫秒",
-    "peak while loading, GB": "加载时峰值，GB",
-    "with a prompt of 2,048": "处理 2,048 个 token 的提示",
-    "with an answer at 8,192": "在 8,192 处解码",
-    "and with a forward pass, GB": "再做一次前向，GB",
-    "the model, GB": "模型大小，GB",
-    "weights": "权重",
-    "computed by": "由谁计算",
+    "you have": "你的机器",
+    "call": "调用",
+    "weights, GB": "权重，GB",
+    "peak, GB": "峰值内存，GB",
+    "load": "加载",
+    "GPU, 16 GB": "GPU，16 GB",
+    "GPU, 6 GB": "GPU，6 GB",
+    "CPU, faster": "CPU，更快",
+    "CPU, not quantized": "CPU，不量化",
+    "int4 files, CPU": "已是 int4 的文件，CPU",
+    "x: relative to llama.cpp in the same run": "x：同一次运行中与 llama.cpp 之比",
+    NOT_YET: "尚未测量",
+    "6.2B, on a CPU": "6.2B，CPU",
+    "this package": "本项目",
+    "beside it": "对比对象",
+    "ratio": "比值",
     "decode": "解码",
-    "prefill 32": "预填充 32",
-    "prefill 512": "预填充 512",
-    "the C kernel": "C 内核",
-    "torch's own operators": "torch 自带算子",
-    ORIGINAL: "先反量化再相乘",
-    "in groups of": "每组",
-    "with int8 embedding and output layer": "词嵌入与输出层为 int8",
-    "tokens/s; x: as fast as llama.cpp": "tokens/s；x：是 llama.cpp 的几倍",
-    "threads": "线程",
+    "prefill of 512 tokens": "预填充 512 个 token",
+    "decode, context of": "解码，上下文",
+    "{cores} cores of {device} with {instructions}, {speeds} GB/s": "{device} 的 {cores} 个核心（{instructions}），{speeds} GB/s",  # noqa: E501
+    "{low} to {high}": "{low}～{high}",
 }
 
 
@@ -56,20 +56,42 @@ def newest(processor, benchmark, *settings):
     return [runs[key] for key in sorted(runs, reverse=True)]
 
 
-def table(header, rows, records, benchmark, say):
-    """Markdown, with the machines that the figures are from below it; nothing where there are no figures."""
-    if not records:
-        return ""
-    lines = [[say(cell) for cell in header], ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-    machines = {}
+def machines(records, say):
+    """The machines of some runs in words: "2 cores of an AMD EPYC with AVX512-VNNI, 31 to 35 GB/s; torch ..."."""
+    speeds = {}  # (device, instructions, threads, torch, transformers) -> GB/s of each run
     for record in records:
         m = record["machine"]
-        where = f"{m['device']} ({instructions(record)}), {m['threads']} {say('threads')}"
-        where += f", torch {m['torch']}, transformers {m['transformers']}"
-        machines.setdefault(where, []).append(f"{m['memory_gb_per_second']:g}")
-    notes = [f"{where}, {', '.join(sorted(set(speeds)))} GB/s" for where, speeds in machines.items()]
-    return f"{text}\n\n{'; '.join(notes)}. `python benchmarks {benchmark}`"
+        versions = f"torch {m['torch'].partition('+')[0]}, transformers {m['transformers']}"
+        speeds.setdefault((m["device"], instructions(record), m["threads"], versions), []).append(
+            m["memory_gb_per_second"]
+        )
+    notes = []
+    for (device, kind, threads, versions), values in speeds.items():
+        low, high = round(min(values)), round(max(values))
+        span = f"{low:,}" if low == high else say("{low} to {high}").format(low=f"{low:,}", high=f"{high:,}")
+        if kind == "GPU":
+            words = f"{device}, {span} GB/s"
+        else:
+            sentence = say("{cores} cores of {device} with {instructions}, {speeds} GB/s")
+            if sentence.startswith("{cores}"):  # English
+                device = f"{'an' if device[0] in 'AEIO' else 'a'} {device}"
+            words = sentence.format(cores=threads, device=device, instructions=kind, speeds=span)
+            words = words.replace("1 cores", "1 core", 1) if threads == 1 else words
+        notes.append(f"{words}; {versions}")
+    return "; ".join(notes)
+
+
+def markdown(header, rows, say):
+    """A table."""
+    lines = [[say(cell) for cell in header], ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def table(header, rows, records, benchmark, say):
+    """A table, with the machines that the figures are from below it; nothing where there are no figures."""
+    if not records:
+        return ""
+    return f"{markdown(header, rows, say)}\n\n{machines(records, say)}. `python benchmarks {benchmark}`"
 
 
 def kind(record):
@@ -99,7 +121,15 @@ def decode(say, processor):
             predicted = first["ours_ms"] + row["limit_ms"] - first["limit_ms"]
             row["explained"] = f"{predicted / row['ours_ms']:.0%}"
     rows = rows_by_kind(records, "context", "ours_ms", "glm_ms", "ratio", "limit_ms", "explained")
-    header = ["", "context", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "limit, ms", "explained by bytes"]
+    header = [
+        "",
+        "context",
+        "ours, ms",
+        "GlmForCausalLM",
+        "GlmForCausalLM / ours",
+        "limit, ms",
+        "explained by bytes read",
+    ]
     return table(header, rows, records, "decode", say)
 
 
@@ -107,7 +137,7 @@ def prefill(say, processor):
     records = newest(processor, "prefill", "shape", "dtype", "device")
     rows = rows_by_kind(records, "length", "ours_ms", "glm_ms", "ratio", "share")
     rows = [[*row, f"{share:.0%}"] for *row, share in rows]
-    header = ["", "prompt", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "of the matmul rate"]
+    header = ["", "prompt", "ours, ms", "GlmForCausalLM", "GlmForCausalLM / ours", "share of the matmul rate"]
     return table(header, rows, records, "prefill", say)
 
 
@@ -117,15 +147,15 @@ def throughput(say, processor):
     for row in (row for record in records for row in record["rows"]):
         row.update({key: row.get(key, "") for key in since})
     rows = rows_by_kind(records, "batch", "ours", "glm", "ratio", *since)
-    header = ["", "batch", "ours, tokens/s", "GlmForCausalLM", "times as fast"]
-    header += ["ours, continuous", "GlmForCausalLM", "times as fast"]
+    header = ["", "batch", "ours, tokens/s", "GlmForCausalLM", "ratio"]
+    header += ["ours, continuous", "GlmForCausalLM", "ratio"]
     return table(header, rows, records, "throughput", say)
 
 
 def memory(say, processor):
     records = newest(processor, "memory", "shape", "dtype", "device")
     rows = rows_by_kind(records, "length", "ours_mb", "chunked_mb", "glm_mb", "cache_mb")
-    header = ["", "prompt", "ours, MB", "ours in chunks, MB", "GlmForCausalLM, MB", "of it the cache, MB"]
+    header = ["", "prompt", "ours, MB", "ours in chunks, MB", "GlmForCausalLM, MB", "of which cache, MB"]
     return table(header, rows, records, "memory", say)
 
 
@@ -143,7 +173,7 @@ def overhead(say, processor):
         [weights(r["settings"]), r["settings"]["layers"], r["step_ms"], r["bare_ms"], f"{r['overhead']:.1%}"]
         for r in records
     ]
-    header = ["weights", "layers", "a step, ms", "its matrix products and attention, ms", "overhead"]
+    header = ["weights", "layers", "a step, ms", "matrix products and attention, ms", "overhead"]
     return table(header, rows, records, "overhead", say)
 
 
@@ -191,7 +221,7 @@ def quantized(say, processor):
             if original:
                 rows.append([name, say(ORIGINAL), *original])
     made = table(["weights", "computed by", *tasks], rows, records, "quantized", say)
-    return made and f"{made} ({say('tokens/s; x: as fast as llama.cpp')})"
+    return made and f"{made} ({say('tokens/s; x: relative to llama.cpp')})"
 
 
 def errors(say, processor):
@@ -200,7 +230,7 @@ def errors(say, processor):
     for record in records:
         for run in record["runs"]:
             seen[run["bits"], run["backend"]] = [*run["error"].values(), f"{run['share_of_memory_bandwidth']:.0%}"]
-            header = ["weights", "backend", *run["error"], "of the memory bandwidth"]
+            header = ["weights", "backend", *run["error"], "share of the bandwidth"]
     rows = [[f"int{bits}", backend, *cells] for (bits, backend), cells in sorted(seen.items())]
     return table(header, rows, records, "quantized", say) if rows else ""
 
@@ -209,7 +239,7 @@ def loading(say, processor):
     records = newest(processor, "loading")
     rows = rows_of(records, "bits", "peak_gb", "peak_with_a_forward_gb", "model_gb")
     rows = [[f"int{bits}" if bits else "float16", *row] for bits, *row in rows]
-    header = ["weights", "peak while loading, GB", "and with a forward pass, GB", "the model, GB"]
+    header = ["weights", "peak while loading, GB", "with a forward pass, GB", "model, GB"]
     return table(header, rows, records, "loading", say)
 
 
@@ -219,7 +249,7 @@ def footprint(say, processor):
     for record in records:
         name = with_head(weights(record["settings"]), record["settings"], say)
         rows.append([name, record["model_gb"], record["prompt_gb"], record["answer_gb"]])
-    header = ["weights", "the model, GB", "with a prompt of 2,048", "with an answer at 8,192"]
+    header = ["weights", "model, GB", "peak, prompt of 2,048", "peak, token at 8,192"]
     return table(header, rows, records, "footprint", say)
 
 
@@ -227,6 +257,117 @@ def quality(say, processor):
     records = newest(processor, "quality")
     rows = rows_of(records, "weights", "cross_entropy", "divergence", "answers")
     return table(["weights", "cross entropy", "divergence", "answers"], rows, records, "quality", say)
+
+
+# The README's two tables
+
+
+def whole_run(processor, bits, small_head=False):
+    """(record, its run) of the quantized benchmark at these bits, plain or with int8 embedding and output layer."""
+    for record in quantized_runs(processor):
+        settings = record["settings"]
+        for run in record["runs"]:
+            if (run["bits"], run["backend"]) == (bits, "auto") and settings["small_head"] == small_head:
+                if not settings.get("group_size"):
+                    return record, run
+    return None, None
+
+
+def start(say, processor):
+    """What to call on which machine, and what it takes: cells are filled as soon as results/ holds their runs."""
+    if processor != PROCESSORS[0]:  # one table for all machines
+        return ""
+    loaded = newest(HEADLINE, "loading")[:1]
+    seconds = {row["bits"]: f"{row['seconds']} s" for record in loaded for row in record["rows"]}
+    rows, records = [], list(loaded)
+    for name, call, kind, bits, small_head, source in START:
+        record, run = whole_run(kind, bits, small_head)
+        footprints = [
+            record
+            for record in newest(kind, "footprint", "bits", "small_head", "device")
+            if (record["settings"]["bits"], record["settings"]["small_head"]) == (bits, small_head)
+        ]
+        records += ([record] if record else []) + footprints[:1]
+        size = whole_run(HEADLINE, bits, small_head)[1]["model_gb"]
+        cells = [size, footprints[0]["prompt_gb"] if footprints else say(NOT_YET), say(NOT_YET)]
+        if run:
+            speed = run["tokens_per_second"]["decode"]
+            times = speed["ratios"].get("llama.cpp")
+            cells[-1] = f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else "")
+        time = seconds[bits] if source == "results" else say(NOT_YET)
+        if source == "by hand":
+            cells[1], time = BY_HAND["peak"], BY_HAND["load"]
+        rows.append([say(name), f"`{call}`", *cells, time])
+    header = ["you have", "call", "weights, GB", "peak, GB", "tokens/s", "load"]
+    note = say("x: relative to llama.cpp in the same run")
+    return f"{markdown(header, rows, say)}\n\n{machines(records, say)} ({note})"
+
+
+HEADLINE = "AVX512-VNNI"  # the one of PROCESSORS whose figures the README shows
+LOAD, INT4 = "from_pretrained(...)", "from_pretrained(..., quantization_config=int4)"
+BY_HAND = {"peak": "7.1", "load": "< 1 s"}  # int4 files, which stay mapped: see docs/performance.md
+START = (  # machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from
+    ("GPU, 16 GB", f"{LOAD}.half().cuda()", "GPU", 16, False, None),
+    ("GPU, 6 GB", f"{INT4}.half().cuda()", "GPU", 4, False, None),
+    ("CPU", f"{INT4}.half()", HEADLINE, 4, False, "results"),
+    ("CPU, faster", f"{INT4}.half().quantize(4, embedding=True, output_layer=True)", HEADLINE, 4, True, None),
+    ("CPU, not quantized", f"{LOAD}.bfloat16()", HEADLINE, 16, False, None),
+    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, "by hand"),
+    ("Mac", f'{LOAD}.half().to("mps")', "other", 16, False, None),
+)
+
+
+def beside(processor=HEADLINE):
+    """(rows of the README's table of speeds, the runs they are from): tokens/s beside llama.cpp and GlmForCausalLM."""
+    rows, records = [], []
+    for bits in (4, 8):
+        record, run = whole_run(processor, bits)
+        for task, name in (("decode", "decode"), ("prefill 512", "prefill of 512 tokens")):
+            speed = run["tokens_per_second"][task]
+            rows.append(
+                (f"int{bits}", name, "", speed["ours"], "llama.cpp", speed["llama.cpp"], speed["ratios"]["llama.cpp"])
+            )
+        records.append(record)
+    record = next(r for r in newest(processor, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")
+    for row in record["rows"]:
+        ours, glm = 1000 / row["ours_ms"], 1000 / row["glm_ms"]
+        name = "decode, context of"
+        rows.append(
+            (record["settings"]["dtype"], name, f"{row['context']:,}", ours, "GlmForCausalLM", glm, row["ratio"])
+        )
+    return rows, [*records, record]
+
+
+def speed(say, processor):
+    if processor != PROCESSORS[0]:  # one table
+        return ""
+    rows, records = beside()
+    rows = [
+        [
+            f"{held} {' '.join(filter(None, (say(task), number)))}",
+            f"{ours:.3g}",
+            f"{name} {other:.3g}",
+            f"{times:.2f}x",
+        ]
+        for held, task, number, ours, name, other, times in rows
+    ]
+    header = ["6.2B, on a CPU", "this package", "beside it", "ratio"]
+    return f"{markdown(header, rows, say)}\n\n{machines(records, say)}"
+
+
+def headline():
+    """The figures that the READMEs' first screens claim, with their units."""
+    rows, _ = beside()
+    loaded = {row["bits"]: row["peak_gb"] for row in newest(HEADLINE, "loading")[0]["rows"]}
+    far = next(r for r in newest(HEADLINE, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")["rows"][-1]
+    return [
+        f"{rows[0][3]:.3g} tokens/s",  # int4, decode
+        f" {rows[1][-1]:.1f} ",  # int4, prefill, times llama.cpp's speed
+        f"{loaded[4]:g} GB",
+        f"{far['context']:,} ",
+        f"{far['ours_ms'] / 1000:.2f} s",
+        f"{far['glm_ms'] / 1000:.2f} s",
+    ]
 
 
 MAKERS = (
@@ -241,6 +382,8 @@ MAKERS = (
     loading,
     footprint,
     quality,
+    start,
+    speed,
 )
 PICTURES = {  # benchmark -> the rows' x and its name, {line: name}, the name of y
     "decode": ("context", "context, tokens", {"ours_ms": "ours", "glm_ms": "GlmForCausalLM"}, "tokens a second"),
@@ -255,17 +398,28 @@ PICTURES = {  # benchmark -> the rows' x and its name, {line: name}, the name of
 
 
 NOTHING = {"Date": None, "Creator": None}  # which would change without a figure changing
+INK, OURS, OTHER = "#7d8590", "#2f81f7", "#9a8c98"  # readable on a light page and on a dark one
+LOOK = {
+    "svg.hashsalt": "chatglm2",  # the same picture has the same bytes
+    "svg.fonttype": "none",  # text stays text
+    "font.family": "sans-serif",
+    "savefig.transparent": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    **{key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+}
 
 
 def pictures():
-    """results/decode.svg, prefill.svg, memory.svg: the newest runs of the small shape; and quantized.svg.
+    """results/decode.svg, prefill.svg, memory.svg: the newest runs of the small shape; and those of the shapes of 6B.
 
     Each shows the first of PROCESSORS that has such runs.
     """
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "chatglm2"  # the same picture has the same bytes
+    matplotlib.rcParams.update(LOOK)
     import matplotlib.pyplot as plt
 
     for benchmark, (x, x_name, lines, y_name) in PICTURES.items():
@@ -294,6 +448,52 @@ def pictures():
         figure.savefig(RESULTS / f"{benchmark}.svg", metadata=NOTHING)
         plt.close(figure)
     quantized_picture(plt)
+    int4_picture(plt)
+    context_picture(plt)
+
+
+def int4_picture(plt):
+    """results/int4.svg: int4 on a CPU beside llama.cpp and the original's method, for the README's first screen."""
+    _, run = whole_run(HEADLINE, 4)
+    figure, panes = plt.subplots(1, 2, figsize=(9, 1.9), layout="constrained", sharey=True)
+    for axes, task, title in zip(panes, ("decode", "prefill 512"), ("decode", "prefill of 512 tokens")):
+        speed = run["tokens_per_second"][task]
+        bars = {
+            "dequantize, multiply": speed["dequantize"],
+            "llama.cpp, Q4_0": speed["llama.cpp"],
+            "this package, int4": speed["ours"],
+        }
+        shown = axes.barh(list(bars), list(bars.values()), color=[OTHER, OTHER, OURS], height=0.7)
+        axes.bar_label(shown, fmt="%.3g", padding=3, color=INK)
+        axes.set_title(f"{title}, tokens/s", fontsize="medium")
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.spines[["bottom", "left"]].set_visible(False)
+        axes.margins(x=0.12)
+    figure.savefig(RESULTS / "int4.svg", metadata=NOTHING)
+    plt.close(figure)
+
+
+def context_picture(plt):
+    """results/context.svg: seconds a token of the 6.2B shapes at the contexts that were measured."""
+    record = next(r for r in newest(HEADLINE, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")
+    rows = record["rows"]
+    figure, axes = plt.subplots(figsize=(9, 2.3), layout="constrained")
+    for shift, (key, name, color) in enumerate(
+        (("ours_ms", "this package", OURS), ("glm_ms", "GlmForCausalLM", OTHER)), start=-1
+    ):
+        places = [-i - 0.4 * shift - 0.2 for i in range(len(rows))]
+        shown = axes.barh(places, [row[key] / 1000 for row in rows], height=0.36, color=color, label=name)
+        axes.bar_label(shown, fmt="%.2f s", padding=3, color=INK)
+    axes.set_yticks([-i for i in range(len(rows))], [f"{row['context']:,} tokens" for row in rows])
+    axes.set_title(f"time per token against the context, {record['settings']['dtype']}", fontsize="medium")
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[["bottom", "left"]].set_visible(False)
+    axes.legend(loc="center right")
+    axes.margins(x=0.12)
+    figure.savefig(RESULTS / "context.svg", metadata=NOTHING)
+    plt.close(figure)
 
 
 def quantized_picture(plt):
@@ -312,7 +512,7 @@ def quantized_picture(plt):
         return
     keys = sorted(bars, key=lambda key: (-key[0], bars[key]["prefill 512"]))
     labels = [f"{held}: {name}" for _, held, name in keys]
-    colors = ["C7" if name in ("llama.cpp", ORIGINAL, "F.linear") else "C0" for *_, name in keys]
+    colors = [OTHER if name in ("llama.cpp", ORIGINAL, "F.linear") else OURS for *_, name in keys]
     figure, panes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
     for axes, task in zip(panes, ("decode", "prefill 512")):
         shown = axes.barh(labels, [bars[key][task] for key in keys], color=colors)
@@ -328,9 +528,9 @@ def arguments(parser):
 
 
 def pages():
-    """{a page: its text with the newest tables}."""
+    """{page: its text with the newest tables}."""
     texts = {}
-    for name in ("README.md", "README_zh.md", "benchmarks/README.md"):
+    for name in ("README.md", "README_zh.md", "docs/performance.md", "docs/quantization.md"):
         path, words = ROOT / name, CHINESE if name.endswith("_zh.md") else {}
         text = path.read_text(encoding="utf-8")
         for make in MAKERS:

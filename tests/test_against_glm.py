@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from chatglm2.transformers_compat import DynamicCache
+from chatglm2.transformers_compat import CACHE, DynamicCache
 from conftest import ROOT
 
 pytestmark = pytest.mark.needs_transformers("4.46", "GlmForCausalLM")
@@ -31,8 +31,8 @@ def test_prefill_and_cached_decode_equal_glms(make_model):
     ids = torch.randint(3, 320, (2, 28), generator=torch.Generator().manual_seed(5))
     caches = DynamicCache(), DynamicCache()
     for part in (ids[:, :20], *ids[:, 20:].split(1, dim=1)):
-        ours = model(input_ids=part, past_key_values=caches[0]).logits
-        theirs = twin(input_ids=part, past_key_values=caches[1], use_cache=True).logits
+        ours = model(input_ids=part, cache=caches[0]).logits
+        theirs = twin(input_ids=part, use_cache=True, **{CACHE: caches[1]}).logits
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 

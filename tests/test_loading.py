@@ -217,7 +217,7 @@ def test_float_weights_where_the_config_asks_for_quantized_ones(saved, bits, whe
     asked = {"quantization_bit": bits} if where == "argument" else {}
     if where == "config.json":
         edit_config(folder, quantization_bit=bits)
-    with pytest.raises(ValueError, match=rf"quantization_bit={bits} asks for int{bits} layers.*quantization_bit=0"):
+    with pytest.raises(ValueError, match=rf"quantization_bit={bits} needs int{bits} weights.*quantization_bit=0"):
         ChatGLMForConditionalGeneration.from_pretrained(folder, **asked)
     cured = ChatGLMForConditionalGeneration.from_pretrained(folder, quantization_bit=0).quantize(bits)
     assert_same_weights(cured, model.quantize(bits))

@@ -1,0 +1,105 @@
+"""The format of int8 and int4 weights in the released checkpoints, and what every kernel family is built on.
+
+Symmetric rounding with one scale per output row: scale = max|w| / 127 (int8) or / 7 (int4), in the weight's dtype, and
+q = round_half_even(w / scale). `weight` is int8 [out, in]. For int4 it is [out, in / 2] with two columns per byte, the
+even column in the high nibble: (q[2j] & 15) << 4 | (q[2j + 1] & 15). `weight_scale` is [out], or
+[out, in / group_size] where every group of inputs has its own scale (better int4, but not the released format).
+"""
+
+from typing import Callable, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LIMIT = {8: 127, 4: 7}  # bits -> the largest |q|
+CHUNK = 1 << 22  # weights rounded at a time, so that temporaries stay small
+
+
+def check_bits(bits: int, in_features: int = 2, group_size: Optional[int] = None) -> None:
+    """Raise ValueError where rows of `in_features` weights do not fit `bits`, or groups of `group_size`."""
+    if bits not in LIMIT:
+        raise ValueError(f"bits={bits!r} is not supported: give 8 or 4 (0 leaves the model unchanged)")
+    if bits == 4 and in_features % 2:
+        raise ValueError(f"in_features={in_features} is odd, but int4 packs two columns per byte: exclude it by skip=")
+    if group_size is not None and (group_size < 2 or group_size % 2 or in_features % group_size):
+        raise ValueError(f"group_size={group_size} must be even and divide in_features={in_features}: try 32 or 128")
+
+
+def check_weight(weight: Tensor, bits: int, group_size: Optional[int] = None) -> None:
+    """Raise ValueError where `quantize_weight` cannot round a float weight [out, in]."""
+    check_bits(bits, weight.shape[1], group_size)
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device and has no values yet: load the checkpoint first")
+    if weight.numel() and not torch.stack((weight.amin(), weight.amax())).isfinite().all():
+        raise ValueError("the weight contains nan or inf and cannot be quantized: repair the checkpoint, or use skip=")
+
+
+def pack(q: Tensor) -> Tensor:
+    """int8 [out, in] with values -8..7 -> int8 [out, in / 2], the even column in the high nibble."""
+    return (q[:, 0::2] & 15) << 4 | (q[:, 1::2] & 15)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """int8 [out, in / 2] -> int8 [out, in] with values -8..7, the inverse of `pack`."""
+    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, bits: int, group_size: Optional[int] = None) -> Tuple[Tensor, Tensor]:
+    """Round a float weight [out, in] to (int8 weight in the released packing, scale [out] or [out, in / group_size]).
+
+    Divides and rounds in the weight's dtype, as the released files were made. Values that bfloat16 rounds up to 128
+    are clamped to 127; a row of zeros has scale 0. Raises ValueError as `check_weight` does.
+    """
+    check_weight(weight, bits, group_size)
+    out, columns = weight.shape
+    group = group_size or columns
+    packed = torch.empty(out, columns * bits // 8, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(out, columns // group if group else 1, dtype=weight.dtype, device=weight.device)
+    rows = max(CHUNK // max(columns, 1), 1)
+    for i in range(0, out if columns else 0, rows):
+        w = weight[i : i + rows].reshape(-1, columns // group, group)
+        scale[i : i + rows] = w.abs().amax(dim=2) / LIMIT[bits]
+        s = scale[i : i + rows, :, None]
+        q = (w / torch.where(s == 0, 1, s)).float().round_().clamp_(-LIMIT[bits], LIMIT[bits]).to(torch.int8).flatten(1)
+        packed[i : i + rows] = q if bits == 8 else pack(q)
+    return packed, scale if group_size else scale[:, 0].contiguous()
+
+
+def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """The float weight [out, in] = q * scale, each product rounded once to `dtype` (default: the scale's dtype)."""
+    dtype = dtype or weight_scale.dtype
+    q = (unpack(weight) if bits == 4 else weight).to(dtype)
+    if weight_scale.dim() == 1:
+        return q * weight_scale.to(dtype)[:, None]
+    return (q.unflatten(1, (weight_scale.shape[1], -1)) * weight_scale.to(dtype)[:, :, None]).flatten(1)
+
+
+def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
+    """x [N, in] times the dequantized weight [out, in], transposed, plus bias [out]: the reference for every kernel.
+
+    Computes in float32 on a CPU, where half precision is slower and no more exact, and in x's dtype elsewhere.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    y = F.linear(x.to(dtype), dequantize_weight(weight, weight_scale, bits, dtype))
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+class Layout(NamedTuple):
+    """An order of a weight's bytes that a kernel reads faster than the released packing."""
+
+    dtype: torch.dtype  # of the tensor in this layout
+    shape: Callable  # out_features, in_features, bits -> its shape
+    fits_layout: Callable  # out_features, in_features, bits, group_size -> whether the layout can hold such a weight
+    to_layout: Callable  # weight in the released packing, bits -> weight in this layout
+    from_layout: Callable  # weight in this layout, out_features, in_features, bits -> the released packing
+    linear: Callable  # as `reference_linear`, with a weight in this layout
+
+
+class Family(NamedTuple):
+    """What a kernel family offers: the record `FAMILY` at the end of its file."""
+
+    linear: Callable  # as `reference_linear`, with a weight in the released packing
+    unavailable: Callable  # device -> None, or why the family cannot run there and what would help
+    layout: Optional[Layout] = None

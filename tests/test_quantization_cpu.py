@@ -1,0 +1,126 @@
+"""The C kernels: their layout, their determinism, and how they are compiled and cached."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from chatglm2 import quantization_cpu
+from chatglm2.quantization import QuantizedLinear
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantization_helpers import CPU, DTYPES, linear_of, make, needs_compiled
+from torch import nn
+
+
+@needs_compiled
+@given(st.integers(1, 100), st.integers(1, 300), st.sampled_from([4, 8]), st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_the_layout_reorders_the_released_packing(out, k, bits, seed):
+    k = 2 * k if bits == 4 else k
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-128, 128, (out, k * bits // 8), dtype=torch.int8, generator=generator)
+    layout = quantization_cpu.to_layout(weight, bits)
+    assert layout.dtype == torch.int8 and layout.shape == quantization_cpu.layout_shape(out, k, bits)
+    assert torch.equal(quantization_cpu.from_layout(layout, out, k, bits), weight)
+
+
+@needs_compiled
+def test_a_token_gets_the_same_result_alone_and_in_a_batch():
+    x, *rest = make(29, 512, 96, 4, torch.bfloat16)
+    linear = linear_of("cpu")
+    together = linear(x, *rest)
+    for i in (0, 11, 12, 24, 28):
+        assert torch.equal(linear(x[i : i + 1], *rest)[0], together[i])
+
+
+@needs_compiled
+def test_threads_do_not_change_the_result():
+    before = torch.get_num_threads()
+    for dtype in DTYPES:
+        arguments, results = make(3, 384, 200, 4, dtype), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(linear_of("cpu")(*arguments))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+# Compiling
+
+PROGRAM = """
+import sys, types, warnings
+package = types.ModuleType("chatglm2"); package.__path__ = [sys.argv[1]]; sys.modules["chatglm2"] = package
+import torch
+from chatglm2 import quantization
+torch.manual_seed(0)
+linear = torch.nn.Linear(64, 40)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    layers = [quantization.QuantizedLinear.from_linear(linear, 4) for _ in range(2)]
+    y = [layer(torch.ones(2, 64)) for layer in layers][0]
+maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
+runtimes = {line.split()[-1] for line in maps.splitlines() if any(n in line for n in ("libgomp", "libiomp", "libomp"))}
+name = quantization.choose("auto", torch.device("cpu"))
+print(name, [str(w.message) for w in caught], y.sum().item(), len(runtimes), sep="|")
+"""
+
+
+def start(folder, **environment):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder), **environment}
+    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parents[1])]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    return output.strip().split("|")
+
+
+@needs_compiled
+def test_processes_may_compile_concurrently_and_share_the_library(tmp_path):
+    results = [finish(process) for process in [start(tmp_path), start(tmp_path)]]
+    folder = tmp_path / "chatglm2"
+    (library,) = folder.iterdir()  # one file, and no partial ones
+    assert folder.stat().st_mode & 0o077 == 0
+    made = library.stat().st_mtime_ns
+    results.append(finish(start(tmp_path)))
+    assert library.stat().st_mtime_ns == made
+    assert all(result == results[0] for result in results)
+    name, messages, _, runtimes = results[0]
+    assert (name, messages, runtimes) == ("cpu", "[]", "1")  # one OpenMP runtime: torch's
+
+
+def test_without_a_compiler_there_is_one_warning_and_the_result_is_right(tmp_path):
+    name, messages, total, _ = finish(start(tmp_path, CC="/nowhere/gcc"))
+    assert name == "stock"
+    assert messages.count("run slower") == 1
+    if sys.platform == "linux" and quantization_cpu.unavailable(CPU) is None:
+        assert "install gcc" in messages
+    torch.manual_seed(0)
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 40), 4, backend="torch")
+    assert float(total) == pytest.approx(layer(torch.ones(2, 64)).sum().item(), abs=1e-3)
+
+
+@needs_compiled
+def test_CC_may_contain_options(tmp_path):
+    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("gcc") or shutil.which("cc")]
+    name, messages, *_ = finish(start(tmp_path, CC=shlex.join([*compiler, "-m64"])))
+    assert (name, messages) == ("cpu", "[]")
+
+
+@needs_compiled
+def test_a_cache_that_others_can_write_to_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "chatglm2").mkdir()
+    (tmp_path / "chatglm2").chmod(0o777)
+    folder = quantization_cpu.cache_folder()
+    assert not folder.startswith(str(tmp_path / "chatglm2"))
+    os.rmdir(folder)

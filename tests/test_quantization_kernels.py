@@ -1,0 +1,135 @@
+"""Every CPU kernel family, held to the reference by the reference's own error."""
+
+import copy
+
+import pytest
+import torch
+from chatglm2.quantization import QuantizedLinear
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantization_helpers import (
+    BACKENDS,
+    DTYPES,
+    KERNELS,
+    assert_as_exact_as_the_reference,
+    linear_of,
+    make,
+    own_error,
+    relative_error,
+    to_int8,
+    with_outliers,
+)
+from torch import nn
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_kernels_agree_with_the_reference(kernel, dtype, bits):
+    linear = linear_of(kernel)
+    shapes = [
+        (1, 2, 1),
+        (2, 34, 5),
+        (5, 130, 33),
+        (3, 256, 64),
+        (9, 96, 31),
+        (13, 1024, 96),
+        (26, 418, 70),
+        (4, 128, 32),
+    ]
+    shapes += [] if bits == 4 else [(1, 1, 1), (5, 7, 3), (8, 129, 34)]
+    for seed, (n, k, out) in enumerate(shapes):
+        arguments = make(n, k, out, bits, dtype, bias=seed % 2 == 0, seed=seed)
+        y = linear(*arguments)
+        assert y.shape == (n, out) and y.dtype == dtype and y.is_contiguous()
+        assert_as_exact_as_the_reference(y, kernel, *arguments)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 64), (4, 128), (8, 128), (4, 256), (4, 6)])
+def test_kernels_support_groups(kernel, bits, group_size):
+    linear = linear_of(kernel)
+    for dtype in DTYPES:
+        for n in (1, 6, 14):
+            arguments = make(n, 3 * group_size, 40, bits, dtype, group_size)
+            assert_as_exact_as_the_reference(linear(*arguments), kernel, *arguments)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(
+    n=st.integers(0, 40),
+    columns=st.integers(9, 90),
+    out=st.integers(1, 130),
+    bits=st.sampled_from([8, 4]),
+    dtype=st.sampled_from(DTYPES),
+    group_size=st.sampled_from([None, None, 32, 64]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_kernels_agree_on_any_shape(kernel, n, columns, out, bits, dtype, group_size, seed):
+    k = columns * 2 if group_size is None else group_size * (columns // 9)
+    arguments = make(n, k, out, bits, dtype, group_size, seed=seed)
+    y = linear_of(kernel)(*arguments)
+    assert y.shape == (n, out) and y.dtype == dtype
+    if n:
+        assert_as_exact_as_the_reference(y, kernel, *arguments)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outlier_channels(kernel, dtype):
+    for n in (1, 20):
+        x, *rest = make(n, 2048, 64, 8, dtype)
+        x = with_outliers(x)
+        y = linear_of(kernel)(x, *rest)
+        assert_as_exact_as_the_reference(y, kernel, x, *rest)
+        if kernel != "torch" and dtype != torch.float32:  # a token rounded as a whole loses much more
+            assert relative_error(y, x, *rest) < own_error(to_int8(x, 2048), x, *rest) / 2
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 7])
+def test_huge_tiny_and_zero_inputs(kernel, dtype, n):
+    linear = linear_of(kernel)
+    x, weight, scale, bias, bits = make(n, 256, 33, 4, dtype)
+    assert torch.equal(linear(torch.zeros_like(x), weight, scale, bias, bits), bias.expand(n, -1))
+    for size in (50, 1e-4) if dtype == torch.float16 else (1e30, 1e-6, 1e-30):
+        arguments = ((x.double() * size).to(dtype), weight, scale, None, bits)
+        assert_as_exact_as_the_reference(linear(*arguments), kernel, *arguments)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_inf_are_not_hidden(kernel, dtype):
+    for n in (1, 6, 20):
+        for bad in (float("nan"), float("inf")):
+            x, *rest = make(n, 256, 33, 8, dtype)
+            x[0, 200] = bad
+            y = linear_of(kernel)(x, *rest)
+            assert not y[0, 1:].isfinite().any() and y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_products_do_not_overflow(kernel, bits):
+    """Weights of -128 or -8 and inputs of one sign: the largest intermediate sums."""
+    weight = torch.full(
+        (40, 512 * bits // 8), -128 if bits == 8 else -0x78, dtype=torch.int8
+    )  # -0x78: two nibbles of -8
+    for n in (1, 4, 20):
+        arguments = (torch.full((n, 512), 3.0).half(), weight, torch.full((40,), 0.01).half(), None, bits)
+        assert_as_exact_as_the_reference(linear_of(kernel)(*arguments), kernel, *arguments)
+
+
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_empty_batches_and_odd_shapes_of_the_input(kernel):
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 24), 4, backend=kernel)
+    assert layer(torch.empty(0, 64)).shape == (0, 24)
+    assert layer(torch.empty(2, 0, 64)).shape == (2, 0, 24)
+    x = torch.randn(64, 5, 3).transpose(0, 2)  # (3, 5, 64), not contiguous
+    torch.testing.assert_close(layer(x), layer(x.contiguous()))
+    torch.testing.assert_close(layer(x)[1, 2], layer(x[1, 2]), rtol=1e-4, atol=1e-5)
+    half = copy.deepcopy(layer).bfloat16()
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    assert layer(x.bfloat16()).dtype == torch.bfloat16  # the input's dtype, whatever the scales' is
