@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 from .attention_chatglm import KEYWORDS, causal_mask
 from .torch_compat import autocast_dtype
@@ -22,7 +21,7 @@ class Closed(Exception):
     """The consumer of a stream has gone; raised inside `generate` to end it."""
 
 
-class StepStreamer(BaseStreamer):
+class StepStreamer:
     """Hands out what `generate` puts, and lets it go on only when more is asked for.
 
     Both ways are SimpleQueues: unlike a Semaphore, none can be left locked by a Ctrl-C at the wrong moment.

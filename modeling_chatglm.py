@@ -34,7 +34,8 @@ from .transformers_compat import (
     update_paged,
 )
 
-if TYPE_CHECKING:  # the Hugging Face loader copies the files that are imported here, and not what those import in turn
+if TYPE_CHECKING:  # the Hugging Face loader copies the files that are named here, and not what those import in turn
+    from .configuration_chatglm import ChatGLMConfig  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
     from .quantization_cpu_source import source  # noqa: F401

@@ -55,9 +55,9 @@ except ImportError:  # delete with 4.36
 
     Cache = DynamicCache
 
-try:
+if VERSION >= (4, 57):
     from transformers.cache_utils import DynamicLayer
-except ImportError:  # caches without layers keep torch.cat; delete with 4.56
+else:  # caches without such layers keep torch.cat; delete with 4.57
     DynamicLayer = object
 
 
@@ -78,7 +78,7 @@ def take_cache(kwargs, *named):
 
 def is_paged(cache):
     """Whether it is the cache of continuous batching, which transformers' own attention functions read."""
-    return cache is not None and not isinstance(cache, Cache)
+    return VERSION >= (4, 53) and cache is not None and not isinstance(cache, Cache)
 
 
 def update_paged(cache, key, value, layer_idx, kwargs):
@@ -173,7 +173,7 @@ def append(held, buffer, new):
 
 def grow_in_place(cache):
     """Let an empty DynamicCache grow in place; caches of other kinds, and offloaded ones, stay as they are."""
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", True):
+    if DynamicLayer is object or type(cache) is not DynamicCache or getattr(cache, "offloading", True):
         return
     if any(layer.is_initialized or type(layer) is not DynamicLayer for layer in cache.layers):
         return
@@ -282,6 +282,12 @@ class ConfigFallbacks:
         @torch_dtype.setter
         def torch_dtype(self, dtype):
             self.dtype = dtype
+
+        @classmethod
+        def from_dict(cls, config_dict, **kwargs):
+            if "torch_dtype" in kwargs:
+                kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+            return super().from_dict(config_dict, **kwargs)
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

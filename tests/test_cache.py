@@ -6,7 +6,7 @@ import pytest
 import torch
 from chatglm2.transformers_compat import DynamicCache
 
-pytestmark = pytest.mark.needs_transformers("4.56", "caches made of layers")
+pytestmark = pytest.mark.needs_transformers("4.57", "caches made of layers that say when they hold something")
 
 
 @pytest.fixture
