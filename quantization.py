@@ -10,7 +10,7 @@ import importlib
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -151,12 +151,15 @@ else:
 
 # ---- the layers -----------------------------------------------------------------------------------------------------
 
-REPLACING = threading.RLock()  # held while a layer's parameters are replaced; computing needs no lock
+REPLACING = threading.RLock()  # held while the parameters of a layer are replaced or saved, not to compute
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a layer computes with, read once per call: other threads replace it as a whole."""
+    """What a layer computes with. It is read once per call, since other threads replace it as a whole.
+
+    Not a tuple: torch.export takes those apart and puts copies in their place.
+    """
 
     parameters: Dict[str, Optional[nn.Parameter]]  # the module's `_parameters`
     layout: str  # of parameters["weight"]
@@ -169,74 +172,81 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 class QuantizedModule(nn.Module):
     """What int8 and int4 layers share: frozen parameters that change together, while other threads may compute."""
 
-    def __init__(self):
+    def __init__(self, out_features: int, in_features: int, bits: int, group_size: Optional[int]):
         nn.Module.__init__(self)
+        self.bits, self.group_size, self._sizes = bits, group_size, (out_features, in_features, bits)
         self._weights = Weights(self._parameters, RELEASED)
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value.requires_grad_(False) if isinstance(value, nn.Parameter) else value)
 
-    def _read(self) -> Weights:
-        """The weights for one call."""
+    def _read(self) -> Tuple[dict, str]:
+        """(parameters, layout of the weight) for one call."""
         weights = self._weights
         if is_compiling():  # compilers look for parameters where nn.Module has them
-            return Weights(self._parameters, weights.layout)
-        if weights.parameters is self._parameters:
-            return weights
-        with REPLACING:  # torch.export or nn.DataParallel has replaced one of them, or another thread is replacing both
-            weights = Weights(self._parameters, self._weights.layout)
-            if "weight" in self._parameters:
-                self._weights = weights
-                return weights
-        return Weights(vars(self), weights.layout)  # replicas of nn.DataParallel have tensors as attributes
+            return self._parameters, weights.layout
+        if weights.parameters is not self._parameters:
+            with REPLACING:  # wait for a thread that replaces them; replicas of nn.DataParallel have attributes instead
+                parameters = self._parameters if "weight" in self._parameters else vars(self)
+                weights = Weights(parameters, self._weights.layout)
+        # functional_call and accelerate may have put a weight in the released packing in place of a converted one
+        return weights.parameters, layout_of(weights.parameters["weight"], weights.layout, *self._sizes)
 
-    def _replace(self, parameters: dict, layout: str = RELEASED) -> Weights:
-        weights = Weights(parameters, layout)
-        vars(self).update(_parameters=parameters, _weights=weights)
-        return weights
+    def _replace(self, parameters: dict, layout: str = RELEASED) -> None:
+        self._parameters = parameters
+        self._weights = Weights(parameters, layout)
 
-    def _release(self) -> Weights:
-        """Convert the weight back to the released packing. Another thread's forward may convert it again at once."""
-        return QuantizedModule._read(self)
+    def _convert(self, layout: str) -> Tuple[dict, str]:
+        """Convert the weight to this layout, unless another thread has done so."""
+        with REPLACING, torch.inference_mode(False):  # a tensor created in inference mode could not be trained on
+            parameters, current = self._read()
+            if current != layout:
+                weight = to_released_format(parameters["weight"], current, *self._sizes)
+                weight = weight if layout == RELEASED else family(layout).layout.to_layout(weight, self.bits)
+                self._replace({**parameters, "weight": _frozen(weight)}, layout)
+            return self._read()
+
+    def _release(self) -> None:
+        """Convert the weight back to the released packing, which it keeps as long as the caller holds REPLACING."""
+        if self._weights.layout != RELEASED:
+            self._convert(RELEASED)
 
     def _change(self, method: Callable, *args, copy=Tensor.detach, **kwargs) -> None:
-        """Call a method of nn.Module that changes parameters one by one, on a twin, then take over its parameters."""
+        """Call a method that changes parameters one by one, on copies: threads compute with the old ones, or wait."""
 
-        def twin_of(parameter):
-            twin = _frozen(copy(parameter))
-            vars(twin).update(vars(parameter))
-            return twin
+        def copied(parameter):
+            new = _frozen(copy(parameter))
+            vars(new).update(vars(parameter))
+            return new
 
         with REPLACING:
-            parameters, twin = self._release().parameters, object.__new__(type(self))
-            parameters = {name: value if value is None else twin_of(value) for name, value in parameters.items()}
-            vars(twin).update(vars(self), _parameters=parameters)
-            method(twin, *args, **kwargs)
-            self._replace(twin._parameters)
+            self._release()
+            old = self._parameters.items()
+            self._parameters = {name: None if value is None else copied(value) for name, value in old}
+            method(*args, **kwargs)
+            self._replace(self._parameters)
 
     def _apply(self, *args, **kwargs):
-        self._change(nn.Module._apply, *args, **kwargs)
+        self._change(super()._apply, *args, **kwargs)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(self, state_dict, prefix, *args):
         weight = state_dict.get(prefix + "weight")
-        if weight is not None and weight.dtype != torch.int8:  # copying would truncate each float to -1, 0 or 1
-            found = f"{prefix}weight is {weight.dtype} in the checkpoint, but int{self.bits} is held as torch.int8"
-            errors.append(f"{found}: load a float checkpoint into the unquantized model, then quantize it")
-            return
-        arguments = state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-        self._change(nn.Module._load_from_state_dict, *arguments, copy=torch.clone)
+        if weight is None or weight.dtype == torch.int8:
+            return self._change(super()._load_from_state_dict, state_dict, prefix, *args, copy=torch.clone)
+        # copying would truncate each float to -1, 0 or 1
+        found = f"{prefix}weight is {weight.dtype} in the checkpoint, but int{self.bits} is held as torch.int8"
+        args[-1].append(f"{found}: load a float checkpoint into the unquantized model, then quantize it")
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        parameters = self._release().parameters
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, parameter in parameters.items():
-            if parameter is not None:
-                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+    def _save_to_state_dict(self, *args):
+        with REPLACING:
+            self._release()
+            super()._save_to_state_dict(*args)
 
     def __getstate__(self):  # copy.deepcopy and pickle
-        weights = self._release()
-        return {**vars(self), "_parameters": weights.parameters, "_weights": weights}
+        with REPLACING:
+            self._release()
+            return dict(vars(self))
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):
@@ -251,9 +261,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def __init__(self, in_features, out_features, bits, *, bias=True, group_size=None, backend="auto", device=None,
                  dtype=None):  # fmt: skip
         check_bits(bits, in_features, group_size)
-        QuantizedModule.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group_size, self.backend = bits, group_size, backend
+        super().__init__(out_features, in_features, bits, group_size)
+        self.in_features, self.out_features, self.backend = in_features, out_features, backend
         groups = (out_features,) if group_size is None else (out_features, in_features // group_size)
         self.weight = _frozen(torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=device))
         self.weight_scale = _frozen(torch.empty(groups, dtype=dtype, device=device))
@@ -275,8 +284,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def __setattr__(self, name, value):
         if name == "backend":
             check_backend(value)
-            self._release()  # the next forward converts it to the layout of the new backend
         super().__setattr__(name, value)
+        if name == "backend":
+            self._release()  # the next forward converts the weight to the layout of the new backend
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
@@ -284,54 +294,26 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         dtype = autocast_dtype(x.device.type)
         if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:  # as autocast treats nn.Linear
             x = x.to(dtype)
-        weights = self._read()
-        if weights.layout == RELEASED and not is_compiling():
-            weights = self.lay_out(weights)
-        compute, parameters = op if needs_dispatch(x) else _multiply, weights.parameters
+        parameters, layout = self._read()
+        if layout == RELEASED and not is_compiling():
+            parameters, layout = self.lay_out()
         weight, weight_scale, bias = parameters["weight"], parameters["weight_scale"], parameters.get("bias")
-        return compute(x, weight, weight_scale, bias, self.bits, weights.layout, self.backend)
-
-    def _read(self) -> Weights:
-        weights = super()._read()
-        if is_compiling():
-            return weights
-        # functional_call and accelerate may have put a weight in the released packing there
-        weight, sizes = weights.parameters["weight"], (self.out_features, self.in_features, self.bits)
-        layout = layout_of(weight, weights.layout, *sizes)
-        return weights if layout == weights.layout else Weights(weights.parameters, layout)
+        compute = op if needs_dispatch(x) else _multiply
+        return compute(x, weight, weight_scale, bias, self.bits, layout, self.backend)
 
     def _is_offloaded(self) -> bool:
         """Whether accelerate offloads the weight: it then arrives in the released packing for each forward."""
         hook = getattr(self, "_hf_hook", None)
         return any(getattr(hook, "offload", False) for hook in getattr(hook, "hooks", (hook,)))
 
-    def lay_out(self, weights: Optional[Weights] = None) -> Weights:
-        """Convert the weight to the layout of its kernel family, where that has one."""
-        weights = weights or self._read()
-        name = choose(self.backend, weights.parameters["weight"].device)
-        layout = family(name).layout
-        if layout is None or not layout.fits_layout(self.out_features, self.in_features, self.bits, self.group_size):
-            return weights
-        if weights.layout != RELEASED or self._is_offloaded():
-            return weights
-        with REPLACING, torch.inference_mode(False):  # a tensor created in inference mode could not be trained on
-            weights = self._read()
-            if weights.layout != RELEASED:  # another thread has converted it
-                return weights
-            weight = layout.to_layout(weights.parameters["weight"], self.bits)
-            return self._replace({**weights.parameters, "weight": _frozen(weight)}, name)
-
-    def _release(self) -> Weights:
-        weights = super()._release()
-        if weights.layout == RELEASED:
-            return weights
-        with REPLACING, torch.inference_mode(False):
-            weights = self._read()
-            parameters, sizes = weights.parameters, (self.out_features, self.in_features, self.bits)
-            if weights.layout != RELEASED:
-                weight = to_released_format(parameters["weight"], weights.layout, *sizes)
-                parameters = {**parameters, "weight": _frozen(weight)}
-            return self._replace(parameters)
+    def lay_out(self) -> Tuple[dict, str]:
+        """Convert the weight to the layout of its kernel family, where that has one. Returns (parameters, layout)."""
+        parameters, current = self._read()
+        name = choose(self.backend, parameters["weight"].device)
+        layout, (out_features, in_features, bits) = family(name).layout, self._sizes
+        if layout is None or not layout.fits_layout(out_features, in_features, bits, self.group_size):
+            return parameters, current
+        return (parameters, current) if self._is_offloaded() else self._convert(name)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size else ""
@@ -342,8 +324,8 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
     """An int8 embedding table: `weight` [tokens, C] and `weight_scale` [tokens]. A row is q * scale."""
 
     def __init__(self, tokens: int, size: int, *, device=None, dtype=None):
-        QuantizedModule.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.bits, self.group_size = tokens, size, 8, None
+        super().__init__(tokens, size, 8, None)
+        self.num_embeddings, self.embedding_dim = tokens, size
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
         self.weight = _frozen(torch.empty(tokens, size, dtype=torch.int8, device=device))
@@ -359,7 +341,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         return layer.train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:
-        parameters = self._read().parameters
+        parameters, _ = self._read()
         scale = F.embedding(ids, parameters["weight_scale"][:, None])
         return F.embedding(ids, parameters["weight"]).to(scale.dtype) * scale
 

@@ -5,7 +5,6 @@ the rest of the step is overhead: norms, rotations, the activation, the cache, P
 """
 
 import statistics
-from functools import partial
 
 import torch
 from common import filled_cache, in_turns, machine, milliseconds, quantization, random_model, record
@@ -34,25 +33,17 @@ def bare_work(model, cache):
     }
     query = torch.randn(1, config.num_attention_heads, 1, config.kv_channels, device=device).to(model.dtype)
 
-    family = quantization.family(quantization.choose("auto", device))
-
-    def product(layer):
-        """The layer's matrix product alone, by its kernel where it is quantized."""
-        x = inputs[layer.in_features]
-        if not isinstance(layer, quantization.QuantizedLinear):
-            return partial(layer, x)
-        weights = layer.lay_out()
-        kernel = family.linear if weights.layout == quantization.RELEASED else family.layout.linear
-        return partial(
-            kernel, x[0], *(weights.parameters[name] for name in ("weight", "weight_scale", "bias")), layer.bits
-        )
-
-    products = [product(layer) for layer in linears]
+    kernel = quantization.family(quantization.choose("auto", device))
 
     @torch.no_grad()
     def work():
-        for multiply in products:
-            multiply()
+        for layer in linears:
+            x = inputs[layer.in_features]
+            if isinstance(layer, quantization.QuantizedLinear):
+                multiply = kernel.layout.linear if layer._weights.layout else kernel.linear
+                multiply(x[0], layer.weight, layer.weight_scale, layer.bias, layer.bits)
+            else:
+                layer(x)
         for held in cache.layers:
             sdpa_attention(None, query, held.keys, held.values, None, scaling=None)
 

@@ -131,7 +131,7 @@ def dequantized(model):
         if scale is None:
             return state[name]
         bits = model.get_submodule(name.rpartition(".")[0]).bits
-        return code("quantization.dequantize_weight")(state[name], scale, bits)
+        return code("quantization_format.dequantize_weight")(state[name], scale, bits)
 
     return get
 

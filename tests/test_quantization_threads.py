@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -27,20 +28,23 @@ def test_threads_that_use_a_new_layer_at_once_lay_it_out_once(backend, bits):
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_compiled), "stock"])
 def test_what_is_saved_is_in_the_released_format_whatever_another_thread_does(monkeypatch, backend):
-    """A forward between the conversion and the state dict or copy: both have the released format."""
-    layer = QuantizedLinear.from_linear(nn.Linear(64, 64), 4, backend=backend)
-    weight, release = layer.weight.clone(), QuantizedLinear._release
+    """A forward that starts between the conversion and the saving or copying waits until that is done."""
+    layer, x = QuantizedLinear.from_linear(nn.Linear(64, 64), 4, backend=backend), torch.randn(2, 64)
+    weight, y, release, threads = layer.weight.clone(), layer(x), QuantizedLinear._release, []
 
-    def release_and_lay_out(self):
+    def release_and_compute(self):
         released = release(self)
-        self.lay_out()
+        threads.append(pool.submit(layer, x))
+        time.sleep(0.05)
         return released
 
-    layer(torch.randn(2, 64))
-    monkeypatch.setattr(QuantizedLinear, "_release", release_and_lay_out)
-    saved = layer.state_dict(), layer.state_dict(keep_vars=True), copy.deepcopy(layer)._parameters
-    assert all(torch.equal(state["weight"], weight) and state["weight"].shape == weight.shape for state in saved)
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(QuantizedLinear, "_release", release_and_compute)
+        saved = layer.state_dict(), layer.state_dict(keep_vars=True), copy.deepcopy(layer)._parameters
+        monkeypatch.undo()
+    assert all(torch.equal(state["weight"], weight) for state in saved)
     assert list(saved[0]) == ["weight", "weight_scale", "bias"] and isinstance(saved[1]["weight"], nn.Parameter)
+    assert len(threads) >= 3 and all(torch.equal(thread.result(), y) for thread in threads)
 
 
 def compute_while(layer, x, change, times=20):
