@@ -14,19 +14,18 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import DynamicCache, GlmForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from chatglm2 import quantization, quantization_cpu, quantization_format  # noqa: F401
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.transformers_compat import CACHE, grow_in_place  # noqa: F401
+from checkpoints import ROOT, TINY  # noqa: F401
+from glm import glm_config, glm_state_dict
+
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "export")]
-import conftest  # noqa: E402, F401  (makes the repository importable as `chatglm2`)
-from chatglm2 import quantization, quantization_cpu, quantization_format  # noqa: E402, F401
-from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
-from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
-from chatglm2.transformers_compat import CACHE, grow_in_place  # noqa: E402, F401
-from to_glm import glm_config, glm_state_dict  # noqa: E402
-from transformers import DynamicCache, GlmForCausalLM  # noqa: E402
-
-SHAPES = {  # "small" is the toy's shape scaled up; "6b" is the released one
+SHAPES = {  # "small" has the proportions of the tiny checkpoint; "6b" is the released shape
     "small": {
         "num_layers": 8,
         "hidden_size": 1024,

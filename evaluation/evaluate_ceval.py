@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from cli_demo import load_or_exit, model_parser  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from options import load_or_exit, model_parser
 
 LETTERS = "ABCD"
 COLUMNS = ("id", "question", *LETTERS)

@@ -16,7 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from to_glm import CODE, chat_template, check_source, code, refusals
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from checkpoints import ROOT, load_config, load_tokenizer
+from glm import refusals
 
 REPOSITORY = "THUDM/chatglm3-6b"
 CONTROL = 3  # GGUF's type of a token that only a template spells
@@ -37,15 +39,15 @@ def gguf_refusals(config):
     return problems
 
 
-def write_source(source, folder, config, prefix):
+def write_source(source, folder, config, template):
     """Fill `folder` with links to the weights, our code, and the settings that the converter looks for."""
     weights = [path for pattern in ("*.safetensors", "*.bin", "*.index.json") for path in source.glob(pattern)]
-    for path in (*weights, source / "tokenizer.model", *CODE.glob("*.py"), CODE / "tokenizer_config.json"):
+    for path in (*weights, source / "tokenizer.model", *ROOT.glob("*.py"), ROOT / "tokenizer_config.json"):
         (folder / path.name).symlink_to(path.resolve())
-    auto_map = json.loads((CODE / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    auto_map = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))["auto_map"]
     values = {**config, "_name_or_path": REPOSITORY, "architectures": ["ChatGLMModel"], "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(prefix + chat_template(source), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def export(source, target, llama_cpp, outtype="auto"):
@@ -61,23 +63,23 @@ def export(source, target, llama_cpp, outtype="auto"):
     converter = llama_cpp / "convert_hf_to_gguf.py"
     if not converter.is_file():
         raise ValueError(f"{llama_cpp} has no {converter.name}. Give --llama-cpp the folder of llama.cpp's source.")
-    check_source(source)
+    config = load_config(source)
     if target.exists():
         raise ValueError(f"{target} is there already: nothing is overwritten.")
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config = code("configuration_chatglm.ChatGLMConfig")(**values)
     if problems := gguf_refusals(config):
         raise ValueError("\n".join(problems))
     options = ""
     if config.rope_ratio_type == "linear" and config.rope_ratio != 1:  # the converter would take it for "base"
         options = f"--rope-scaling linear --rope-scale {config.rope_ratio:g}"
         values["rope_ratio"] = 1
-    tokenizer = code("tokenization_chatglm.ChatGLMTokenizer")
-    prefix_ids = tokenizer.from_pretrained(source).get_prefix_tokens()
+    tokenizer = load_tokenizer(source)
+    prefix_ids = tokenizer.get_prefix_tokens()
+    template = "".join(f"[PAD{i}]" for i in prefix_ids) + tokenizer.chat_template
 
     unfinished = target.with_name(target.name + ".unfinished")
     with tempfile.TemporaryDirectory() as folder:
-        write_source(source, Path(folder), values, "".join(f"[PAD{i}]" for i in prefix_ids))
+        write_source(source, Path(folder), values, template)
         command = [sys.executable, str(converter), folder, "--outfile", str(unfinished), "--outtype", outtype]
         done = subprocess.run([*command, "--model-name", source.resolve().name], capture_output=True, text=True)
     if done.returncode or not unfinished.is_file():
