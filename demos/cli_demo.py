@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from checkpoints import TINY
-from options import load_or_exit, sampling
+from options import chat_parser, load_or_exit, sampling
 
 
 def parse_arguments(arguments=None):

@@ -7,9 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-
-sys.path.append(str(ROOT / "evaluation"))
-from evaluate_ceval import CONCLUSION, LETTERS, Judge, Question, averages, evaluate, read_all, read_split  # noqa: E402
+from evaluate_ceval import CONCLUSION, LETTERS, Judge, Question, averages, evaluate, read_all, read_split
 
 EXAMPLE = ROOT / "evaluation" / "example"
 HEADER = "id,question,A,B,C,D,answer\n"

@@ -24,7 +24,6 @@ ODD = [
 @pytest.fixture(scope="module")
 def to_glm():
     """The script as a module."""
-    sys.path.append(str(ROOT / "export"))
     import to_glm
 
     return to_glm

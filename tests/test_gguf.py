@@ -6,13 +6,12 @@ LLAMA_CPP is a folder of llama.cpp's source, for its converter; the server comes
 import json
 import os
 import shutil
-import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 
 pytestmark = pytest.mark.tools
 
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.tools
 @pytest.fixture(scope="module")
 def to_gguf():
     """The script as a module."""
-    sys.path.append(str(ROOT / "export"))
     import to_gguf
 
     return to_gguf
