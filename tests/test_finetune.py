@@ -304,7 +304,7 @@ def test_a_merged_adapter_is_a_plain_model(dialogue, tmp_path, tokenizer):
         (["--prompt_column", "prompt"], "give prompt_column and response_column"),
         (["--max_source_length", "2"], "max_source_length=2, .*give at least 3"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere is no folder"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is not a directory"),
         (["--model_name_or_path", "nowhere"], "nowhere holds no config.json"),
     ],
 )
