@@ -3,8 +3,8 @@
 
     python export/to_glm.py chatglm2-6b chatglm2-6b-glm
 
-TARGET then holds what every tool that knows GLM reads: config.json, safetensors, tokenizer.json, the chat template.
-int8 and int4 checkpoints are written as the floats that their weights stand for. What GLM cannot express is refused.
+TARGET then holds what any tool that supports GLM reads: config.json, safetensors, tokenizer.json, the chat template.
+int8 and int4 weights are dequantized. What GLM cannot express is refused.
 """
 
 import argparse
@@ -32,17 +32,17 @@ SHARD = "2GB"  # what is held in memory at a time
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
-# [gMASK] and sop are named by characters that Unicode keeps for a program's own use, so that no text can spell them;
-# only what a text begins with, as the chat template's does, is read as these two.
+# [gMASK] and sop are named by Unicode noncharacters, so that no text contains them. Only at the start of a text, where
+# the chat template has "[gMASK]sop", are they read.
 GMASK, SOP = "\ufdd0", "\ufdd1"
 PREFIX = "[gMASK]sop"
 
 
 def glm_tokenizer(tokenizer, template):
-    """A stock fast tokenizer with the ids of our `tokenizer`, a ChatGLMTokenizer.
+    """A standard fast tokenizer with the ids of `tokenizer`, a ChatGLMTokenizer.
 
     Two differences: a text that begins with "[gMASK]sop" begins with these two ids, which is how a rendered chat
-    template gets them, and <unk>, <s> and </s> are shown by decode() unless skip_special_tokens=True.
+    template gets them, and decode() shows <unk>, <s> and </s> unless skip_special_tokens=True.
     """
     pieces, commands = tokenizer.tokenizer.sp_model, tokenizer.tokenizer.special_tokens
     vocab = tokenizer.tokenizer.get_vocab()
@@ -93,7 +93,7 @@ def glm_tokenizer(tokenizer, template):
 
 
 def load(source):
-    """(model, tokenizer) in the folder `source`; the weights stay mapped from disk."""
+    """(model, tokenizer) of the folder `source`; the weights stay memory-mapped."""
     config = load_config(source)
     glm_config(config)  # refuses what cannot be written, before any weight is read
     model, report = ChatGLMForConditionalGeneration.from_pretrained(
@@ -101,21 +101,21 @@ def load(source):
     )
     lacking = [*report["missing_keys"], *report["mismatched_keys"]]
     if lacking:
-        raise ValueError(f"{source} lacks {len(lacking)} tensors, or has them in another shape: {lacking[:3]}")
+        raise ValueError(f"{source} lacks {len(lacking)} tensors, or has other shapes: {lacking[:3]}")
     if report["unexpected_keys"]:
-        raise ValueError(f"{source} holds tensors that GLM has no place for: {sorted(report['unexpected_keys'])[:3]}")
+        raise ValueError(f"{source} holds tensors that GLM does not have: {sorted(report['unexpected_keys'])[:3]}")
     return model.eval(), load_tokenizer(source)
 
 
 def export(source, target, max_shard_size=SHARD):
-    """Write the checkpoint `source` as a GLM folder `target`, in the dtype it has.
+    """Write the checkpoint `source` as a GLM folder `target`, in its dtype.
 
     Raises:
         ValueError: GLM cannot express the model, tensors are missing, or `target` holds files already.
     """
     source, target = Path(source), Path(target)
     if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty. Give a new folder: nothing is overwritten.")
+        raise ValueError(f"{target} is not empty. Give a new folder; nothing is overwritten.")
     model, tokenizer = load(source)
     target.mkdir(parents=True, exist_ok=True)
 

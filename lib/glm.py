@@ -4,7 +4,7 @@ import torch
 from chatglm2.quantization_format import dequantize_weight
 from transformers import GlmConfig, GlmForCausalLM
 
-NAMES = {  # of the modules, GLM's and ours; q_proj, k_proj and v_proj are rows of the one query_key_value
+NAMES = {  # GLM's modules and ours; q_proj, k_proj and v_proj are rows of query_key_value
     "model.embed_tokens": "transformer.embedding.word_embeddings",
     "model.norm": "transformer.encoder.final_layernorm",
     "model.layers": "transformer.encoder.layers",
@@ -19,14 +19,18 @@ NAMES = {  # of the modules, GLM's and ours; q_proj, k_proj and v_proj are rows 
 
 
 def refusals(config):
-    """What GLM cannot express of a ChatGLMConfig: a list of texts, each with the value and the cure."""
-    retrain = "only a model trained otherwise could be written"
+    """What GLM cannot express of a ChatGLMConfig: a list of messages, each with the value and the reason."""
+    retrain = "the model cannot be exported"
     checks = [
-        ("rmsnorm", True, f"GLM has RMSNorm alone: {retrain}"),
+        ("rmsnorm", True, f"GLM has only RMSNorm: {retrain}"),
         ("post_layer_norm", True, f"GLM always has a last norm: {retrain}"),
         ("apply_residual_connection_post_layernorm", False, f"GLM takes the residual before the norm: {retrain}"),
-        ("add_bias_linear", False, f"GLM has biases on query, key and value alone: {retrain}"),
-        ("fp32_residual_connection", False, "GLM adds in the weights' dtype: set it to false if that is near enough"),
+        ("add_bias_linear", False, f"GLM has biases only on query, key and value: {retrain}"),
+        (
+            "fp32_residual_connection",
+            False,
+            "GLM adds in the weights' dtype: set it to false if that suffices",
+        ),
         ("pre_seq_len", None, "GLM has no P-Tuning prefix: export the model it was trained on, without pre_seq_len"),
     ]
     return [f"{k}={getattr(config, k)}: {cure}." for k, allowed, cure in checks if getattr(config, k) != allowed]
@@ -36,7 +40,7 @@ def glm_config(config):
     """GlmConfig of the network that the ChatGLMConfig `config` describes.
 
     Raises:
-        ValueError: GLM cannot express it; the message names each value and its cure.
+        ValueError: GLM cannot express it; the message has each value and the reason.
     """
     if problems := refusals(config):
         raise ValueError("\n".join(problems))
@@ -65,7 +69,7 @@ def glm_config(config):
 
 
 def glm_tensor(name, config, get):
-    """The tensor that GLM calls `name`. `get(name)` gives ours: a parameter, or what a quantized one stands for."""
+    """The tensor that GLM calls `name`. `get(name)` returns ours: a parameter, dequantized if need be."""
     ours = name
     for glm, chatglm in NAMES.items():
         ours = ours.replace(glm, chatglm)
@@ -82,7 +86,7 @@ def glm_tensor(name, config, get):
 
 
 def dequantized(model):
-    """name -> tensor of `model`, where an int8 or int4 weight is given as the float that it stands for."""
+    """A function of a name that returns this tensor of `model`; int8 and int4 weights are dequantized."""
     state = model.state_dict()
 
     def get(name):
@@ -102,6 +106,6 @@ def empty_glm(config):
 
 
 def glm_state_dict(model):
-    """The model's tensors under GlmForCausalLM's names; those that are not quantized share memory with the model."""
+    """The model's tensors under GlmForCausalLM's names; float tensors share memory with the model."""
     get = dequantized(model)
     return {name: glm_tensor(name, model.config, get) for name in empty_glm(model.config).state_dict()}

@@ -84,22 +84,22 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
 @pytest.mark.parametrize(
     "columns, line, message",
     [
-        (COLUMNS, '{"prompt": "a", ', "is no JSON .* one object a line"),
-        (COLUMNS, '["a", "b"]', r"\['a', 'b'\] is no JSON object"),
+        (COLUMNS, '{"prompt": "a", ', "is not JSON .* one object per line"),
+        (COLUMNS, '["a", "b"]', r"\['a', 'b'\] is not a JSON object"),
         (COLUMNS, {"prompt": "a", "answer": "b", "history": []}, "no column 'response', only 'prompt', 'answer'"),
-        (COLUMNS, {"prompt": "a", "response": "  ", "history": []}, "response is '  ': give a text"),
-        (COLUMNS, {"prompt": 3, "response": "b", "history": []}, "prompt is 3: give a text"),
+        (COLUMNS, {"prompt": "a", "response": "  ", "history": []}, "response is '  ': give a non-empty string"),
+        (COLUMNS, {"prompt": 3, "response": "b", "history": []}, "prompt is 3: give a non-empty string"),
         (COLUMNS, {"prompt": "a", "response": "b", "history": "c"}, "history is 'c': give a list"),
         (COLUMNS, {"prompt": "a", "response": "b", "history": [["c"]]}, r"history\[0\] is \['c'\]: give \[query"),
         ({}, {"prompt": "a"}, "no column 'messages', only 'prompt'"),
         ({}, {"messages": []}, r"messages is \[\]: give a list of messages"),
         ({}, {"messages": [USER, "b"]}, r"messages\[1\] is 'b': give an object with role and content"),
-        ({}, {"messages": [USER, USER]}, r"messages\[1\] has the role 'user' where 'assistant' is due"),
-        ({}, {"messages": [ASSISTANT]}, r"messages\[0\] has the role 'assistant' where 'user' is due"),
+        ({}, {"messages": [USER, USER]}, r"messages\[1\] has the role 'user' where 'assistant' is expected"),
+        ({}, {"messages": [ASSISTANT]}, r"messages\[0\] has the role 'assistant' where 'user' is expected"),
         ({}, {"messages": [USER, {"role": "tool", "content": "b"}]}, r"messages\[1\] has the role 'tool'"),
         ({}, {"messages": [USER, ASSISTANT, USER]}, "the last message is not the assistant's"),
         ({}, {"messages": [USER, {"role": "assistant", "content": ""}]}, r"messages\[1\]\['content'\] is '': give"),
-        ({}, b"\xff\xfe{}", "byte 0 is no UTF-8"),
+        ({}, b"\xff\xfe{}", "byte 0 is not UTF-8"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, columns, line, message):
@@ -117,7 +117,7 @@ def test_a_bad_line_is_named(tmp_path, columns, line, message):
 
 @pytest.fixture(scope="module")
 def dialogue(tmp_path_factory):
-    """A file with one dialogue that the toy does not know."""
+    """A file with one dialogue that the tiny checkpoint does not know."""
     file = tmp_path_factory.mktemp("data") / "new.jsonl"
     messages = [{"role": "user", "content": QUERY}, {"role": "assistant", "content": ANSWER}]
     file.write_text(json.dumps({"messages": messages}) + "\n")
@@ -142,7 +142,7 @@ def answer(model, tokenizer, query=QUERY, history=None):
     return model.eval().chat(tokenizer, query, history, do_sample=False, max_new_tokens=30)[0]
 
 
-def test_the_toy_does_not_know_the_dialogue(tiny_model, tokenizer):
+def test_the_tiny_checkpoint_does_not_know_the_dialogue(tiny_model, tokenizer):
     assert answer(tiny_model, tokenizer) != ANSWER
 
 
@@ -305,7 +305,7 @@ def test_a_merged_adapter_is_a_plain_model(dialogue, tmp_path, tokenizer):
         (["--max_source_length", "2"], "max_source_length=2, .*give at least 3"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is not a directory"),
-        (["--model_name_or_path", "nowhere"], "nowhere holds no config.json"),
+        (["--model_name_or_path", "nowhere"], "nowhere is not a directory"),
     ],
 )
 def test_wrong_arguments_are_refused_before_work(arguments, message, dialogue, tmp_path, monkeypatch):
@@ -317,7 +317,7 @@ def test_wrong_arguments_are_refused_before_work(arguments, message, dialogue, t
 
 def test_a_folder_with_checkpoints_is_not_mixed_with_another_run(dialogue, tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: go on with --resume_from_checkpoint"):
+    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: continue with --resume_from"):
         prepare(dialogue, tmp_path, *PREFIX)
 
 
@@ -325,7 +325,7 @@ def test_an_example_longer_than_the_model_is_named(tmp_path):
     file = tmp_path / "long.jsonl"
     messages = [{"role": "user", "content": "冰" * 900}, {"role": "assistant", "content": "水" * 900}]
     file.write_text(json.dumps({"messages": messages}))
-    with pytest.raises(ValueError, match=r"long.jsonl, line 1: \d+ tokens pass seq_length=1024"):
+    with pytest.raises(ValueError, match=r"long.jsonl, line 1: \d+ tokens exceed seq_length=1024"):
         prepare(file, tmp_path / "out", *PREFIX)
 
 
