@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .attention_chatglm import KEYWORDS, causal_mask
 from .torch_compat import autocast_dtype
-from .transformers_compat import CACHE, DynamicCache, crop_cache, is_static, take_cache
+from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, is_static, take_cache
 
 # From generate's pushing to an iterator's pulling
 
@@ -399,6 +399,8 @@ class ChatMixin:
             places, alone = position_ids.shape[1], new == input_ids.shape[1] and not embedded
             fits = total is None or places == total or (places == new and alone)
             position_ids = position_ids[:, -new:] if fits and not self.config.pre_seq_len else None
+        if masked and KEEPS_EMPTY_MASKS and attention_mask.all():  # those releases ask the GPU at every step anyway
+            attention_mask = None  # attention without a mask is faster
         if is_static(cache):  # the same shapes and strides at every step, so that it is compiled once
             x = torch.empty(input_ids.shape[0], new, 0, dtype=self.dtype, device=input_ids.device)
             if position_ids is None:

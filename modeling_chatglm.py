@@ -5,6 +5,7 @@ Shapes stand at line ends:
     H query heads, G key/value groups, D channels of a head, R = D / 2 rotated channels, P prefix tokens.
 """
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from .generation_chatglm import ChatMixin
 from .prefix_chatglm import PrefixEncoder
 from .pretrained_chatglm import ChatGLMPreTrainedModel, checkpointed
 from .quantization import quantize
-from .torch_compat import rms_norm
+from .torch_compat import is_compiling, rms_norm, without_cudnn_attention
 from .transformers_compat import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -315,18 +316,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             first = prefix[0] if prefix else None
             mask = causal_mask(config, x, attention_mask, cache, packed, prefix=first, **step)
 
-        x, hidden_states, attentions = self.encoder(
-            x,
-            rotary,
-            mask,
-            attend=choose_attention(config, is_paged(cache)),
-            cache=cache,
-            cache_kwargs=step,
-            prefix=prefix,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            **kwargs,
-        )
+        eager = x.is_cuda and not torch.is_grad_enabled() and not is_compiling()
+        with without_cudnn_attention() if eager else nullcontext():
+            x, hidden_states, attentions = self.encoder(
+                x,
+                rotary,
+                mask,
+                attend=choose_attention(config, is_paged(cache)),
+                cache=cache,
+                cache_kwargs=step,
+                prefix=prefix,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             cache=cache if use_cache else None,

@@ -93,7 +93,7 @@ def dequantized_linear(
     if 0 in (rows, columns, out):
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     bias = None if bias is None else bias.to(x.dtype)
-    step = max(1, min(out, PIECE // (columns * x.element_size())))
+    step = min(out, max(128, PIECE // (columns * x.element_size()) // 128 * 128))  # odd heights are slow in torch's mm
     piece = torch.empty(step, columns, dtype=x.dtype, device=x.device)
     constants = dict(BITS=bits, X=getattr(kernels()["tl"], DTYPES[x.dtype]), GROUP=group, BLOCK_O=4, BLOCK_P=512)
     for i in range(0, out, step):
@@ -125,12 +125,17 @@ class Tile(NamedTuple):
 
 
 def tile_for(kernel: str, rows: int, out: int, bits: int) -> Tile:
-    """The tile of a kernel: as few as there can be, since each kind is compiled at its first use, about a second."""
+    """The tile of a kernel: the fastest of those that `python benchmarks gpu --only tune` timed on an H200.
+
+    As few as there can be: each is compiled at its first use, about a second.
+    """
     if kernel == "matvec":
         return Tile(1, 8, 512, 1, 4, 1)
     if kernel == "tile":
-        return Tile(64, 64, 64, 1, 4, 3)
-    return Tile(8, 32, 64, 8, 8, 3) if rows <= 8 else Tile(16, 32, 64, 4, 4, 3)  # 64 KiB of shared memory, 48 KiB
+        return Tile(64, 64, 64, 1, 4, 4) if rows <= 128 else Tile(128, 64, 64, 1, 4, 3)
+    if rows <= 8:
+        return Tile(8, 32, 64, 4, 4, 4) if bits == 4 else Tile(8, 16, 128, 4, 4, 4)
+    return Tile(16, 32, 64, 4, 4, 3 if bits == 4 else 4)
 
 
 @functools.lru_cache(4096)

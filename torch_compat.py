@@ -4,6 +4,8 @@ The float model needs nothing newer than 2.0. `torch.compile` with a static cach
 int8 and int4 layers is part of compiled graphs from 2.4 on (`torch.library.custom_op`); before, it breaks them.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -40,6 +42,24 @@ def needs_dispatch(x):
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """Let torch choose another attention kernel, where there is one.
+
+    cuDNN's makes a plan for every length that it meets, which takes 40 ms on an H200: once a token while decoding.
+    """
+    flags = torch.backends.cuda
+    others = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled()
+    if not others or not hasattr(flags, "enable_cudnn_sdp") or not flags.cudnn_sdp_enabled():  # before torch 2.5
+        yield
+        return
+    flags.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        flags.enable_cudnn_sdp(True)
 
 
 def autocast_dtype(kind):

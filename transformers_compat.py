@@ -20,6 +20,7 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"
 CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"  # what forward, generate and outputs call the cache
 CACHE_NAMES = ("cache", "past_key_values")
+KEEPS_EMPTY_MASKS = VERSION < (5, 23)  # its `generate` hands on masks that say nothing
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ def test_triton_linear(name):
 def test_triton_linear_at_the_shapes_of_6b(bits, rows, out, columns):
     arguments = make(rows, columns, out, bits, torch.float16)
     y = quantization_triton.linear(*on_card(arguments))
-    assert error(y.cpu(), *arguments) < 4 * FLOAT32_SUM
+    restored = rows > quantization_triton.FUSED_ROWS  # its weight is rounded to x's dtype for torch's product
+    assert error(y.cpu(), *arguments) < 4 * FLOAT32_SUM + (2 * HALF_ULP[torch.float16] if restored else 0)
 
 
 @pytest.mark.parametrize("rows", (1, 3, 13, 17))

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.needs_transformers("4.46", "GlmForCausalLM")
 def test_every_stage_runs(tmp_path):
     out = tmp_path / "gpu.jsonl"
     command = [sys.executable, "benchmarks", "gpu", "--dry", "--out", str(out)]
