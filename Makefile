@@ -16,27 +16,27 @@ VLLM = build/vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
 .DELETE_ON_ERROR:
 
 chat: $(VENV)/run.txt
-	@$(RUN) cli_demo.py $(ARGS)
+	@$(RUN) demos/cli_demo.py $(ARGS)
 
 web: $(VENV)/web.txt
-	@$(RUN) web_demo.py $(ARGS)
+	@$(RUN) demos/web_demo.py $(ARGS)
 
-test: $(VENV)/dev.txt
+test: $(VENV)/test.txt
 	$(RUN) -m pytest $(ARGS)
 
 tools: $(VENV)/tools.txt $(LLAMA_CPP) $(VLLM)
 	LLAMA_CPP=$(LLAMA_CPP) VLLM=$(VLLM) $(RUN) -m pytest -m tools $(ARGS)
 
-lint: $(VENV)/dev.txt
+lint: $(VENV)/test.txt
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	@large=$$(git ls-files -z | xargs -0 -I{} find {} -prune -type f -size +12M); \
 	if [ -n "$$large" ]; then echo "over 12 MB: $$large"; exit 1; fi
 
-matrix: $(VENV)/dev.txt
+matrix: $(VENV)/test.txt
 	$(RUN) tests/matrix.py $(ARGS)
 
-tiny: $(VENV)/dev.txt
+tiny: $(VENV)/test.txt
 	$(RUN) examples/tiny/train.py
 
 # llama.cpp's source, for its converter, and vLLM's wheel, for what it reads of a checkpoint
@@ -54,14 +54,15 @@ $(VENV)/run.txt: requirements.txt constraints.txt | $(VENV)/bin/python
 	@$(PIP) install -c constraints.txt -r requirements.txt >&2
 	@cp requirements.txt $@
 
-$(VENV)/web.txt: $(VENV)/run.txt pyproject.toml
-	@$(PIP) install -c constraints.txt ".[web]" >&2
+# Installed as a link to the checkout (-e): a copy would be what `import chatglm2` finds after the files have changed
+$(VENV)/web.txt: pyproject.toml $(VENV)/run.txt
+	@$(PIP) install -c constraints.txt -e ".[web]" >&2
 	@cp pyproject.toml $@
 
-$(VENV)/dev.txt: requirements-dev.txt requirements.txt constraints.txt | $(VENV)/bin/python
-	@$(PIP) install -c constraints.txt -r requirements-dev.txt >&2
-	@cp requirements-dev.txt $@ && cp requirements.txt $(VENV)/run.txt
+$(VENV)/test.txt: pyproject.toml $(VENV)/run.txt
+	@$(PIP) install -c constraints.txt -e ".[test]" >&2
+	@cp pyproject.toml $@
 
-$(VENV)/tools.txt: requirements-tools.txt pyproject.toml $(VENV)/dev.txt
-	@$(PIP) install -c constraints.txt -r requirements-tools.txt >&2
-	@cp requirements-tools.txt $@
+$(VENV)/tools.txt: pyproject.toml $(VENV)/test.txt
+	@$(PIP) install -c constraints.txt -e ".[test,serve,web,train,eval,tools]" >&2
+	@cp pyproject.toml $@

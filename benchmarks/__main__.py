@@ -1,17 +1,17 @@
-"""Time the package, beside what a user would take instead.
+"""Measure the package, and what a user would run instead.
 
-    python benchmarks decode        milliseconds a token at a growing context
-    python benchmarks prefill       time to the first token against the prompt's length
-    python benchmarks throughput    tokens a second of left-padded batches
-    python benchmarks memory        peak memory of a prompt, and of a training step
-    python benchmarks overhead      what of a 6.2B decode step is neither matrix product nor attention
-    python benchmarks quantized     int4, int8 and half precision at the 6.2B shapes, beside llama.cpp
-    python benchmarks loading       peak memory of quantizing a 12.5 GB checkpoint while it loads
-    python benchmarks footprint     memory that int4 or int8 takes at the 6.2B shapes, with a prompt and an answer
-    python benchmarks quality       what int8, int4 and int4 in groups do to the toy's answers
+    python benchmarks decode        milliseconds per token as the context grows
+    python benchmarks prefill       time to the first token by prompt length
+    python benchmarks throughput    tokens/s of left-padded batches
+    python benchmarks memory        peak memory of a prompt and of a training step
+    python benchmarks overhead      the part of a 6.2B decode step outside matrix products and attention
+    python benchmarks quantized     int4, int8 and half precision at the 6.2B shapes, compared with llama.cpp
+    python benchmarks loading       peak memory while a 12.5 GB checkpoint is quantized during loading
+    python benchmarks footprint     memory of int4 and int8 at the 6.2B shapes, with a prompt and an answer
+    python benchmarks quality       what int8, int4 and int4 in groups cost the tiny checkpoint's answers
     python benchmarks gpu           one prepared run on a GPU: correct, how fast, in how much memory
     python benchmarks sass          machine instructions that the GPU kernels spend on a byte of weights
-    python benchmarks tables        write the READMEs' tables and the pictures from results/
+    python benchmarks tables        write the pages' tables and the pictures from results/
 
 Each takes --help. A run prints one JSON line and adds it to results/: the settings, the hardware, the versions, the
 memory bandwidth and the rate of matrix products that the machine had just then. Contenders take turns within every

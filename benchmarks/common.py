@@ -1,4 +1,4 @@
-"""What the benchmarks share: the package, random models, turns, the limits of the machine, one JSON line a run."""
+"""What the benchmarks share: random models, timing in turns, the machine's limits, one JSON line per run."""
 
 import ctypes
 import datetime
@@ -14,19 +14,18 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import DynamicCache, GlmForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from chatglm2 import quantization, quantization_cpu, quantization_format  # noqa: F401
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.transformers_compat import CACHE, grow_in_place  # noqa: F401
+from checkpoints import ROOT, TINY  # noqa: F401
+from glm import glm_config, glm_state_dict
+
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "export")]
-import conftest  # noqa: E402, F401  (makes the repository importable as `chatglm2`)
-from chatglm2 import quantization, quantization_cpu, quantization_format  # noqa: E402, F401
-from chatglm2.configuration_chatglm import ChatGLMConfig  # noqa: E402
-from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration  # noqa: E402
-from chatglm2.transformers_compat import CACHE, grow_in_place  # noqa: E402, F401
-from to_glm import glm_config, glm_state_dict  # noqa: E402
-from transformers import DynamicCache, GlmForCausalLM  # noqa: E402
-
-SHAPES = {  # "small" is the toy's shape scaled up; "6b" is the released one
+SHAPES = {  # "small" has the proportions of the tiny checkpoint; "6b" is the released shape
     "small": {
         "num_layers": 8,
         "hidden_size": 1024,
@@ -41,7 +40,7 @@ SHAPES = {  # "small" is the toy's shape scaled up; "6b" is the released one
 
 
 def model_arguments(parser):
-    """The options of a benchmark that makes one float model."""
+    """The options of a benchmark of one float model."""
     parser.add_argument("--shape", default="small", choices=["small", "6b"])
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--dtype", default="float32")
@@ -53,9 +52,9 @@ def model_arguments(parser):
 
 
 def random_model(shape="small", dtype=torch.float32, device="cpu", layers=None, **settings):
-    """The network in `shape`, its values repeated from one block of random numbers: 12.5 GB are there in seconds.
+    """The network in `shape`. One block of random numbers fills all weights, so 12.5 GB take seconds.
 
-    With quantization_bit among the settings, int8 or int4 layers hold random integers.
+    With `quantization_bit`, the int8 or int4 layers hold random integers.
     """
     config = ChatGLMConfig(**{**SHAPES[shape], "seq_length": 1 << 17, **settings})
     config.num_layers = config.num_hidden_layers = layers or config.num_layers
@@ -80,7 +79,7 @@ def random_model(shape="small", dtype=torch.float32, device="cpu", layers=None, 
 
 
 def glm_of(model):
-    """transformers' own GlmForCausalLM on the very tensors of `model`: nothing is copied."""
+    """transformers' own GlmForCausalLM on the tensors of `model`; nothing is copied."""
     config = glm_config(model.config)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -96,7 +95,7 @@ def contenders(model, names=("ours", "glm")):
 
 
 def filled_cache(model, context, cache=None):
-    """A cache of `context` random tokens, by default in the form that the model itself would have made."""
+    """A cache of `context` random tokens, by default of the kind that the model itself makes."""
     if cache is None:
         cache = DynamicCache()
         if isinstance(model, ChatGLMForConditionalGeneration):
@@ -116,13 +115,13 @@ def random_ids(model, length):
 
 
 def weight_bytes(model):
-    """Bytes of weights that one token reads: all but the embedding."""
+    """Bytes of weights read per token: all but the embedding."""
     embedding = {id(p) for p in model.get_input_embeddings().parameters()}
     return sum(p.nbytes for p in model.parameters() if id(p) not in embedding)
 
 
 def cache_bytes(model, tokens):
-    """Bytes of the keys and values of so many tokens."""
+    """Bytes of the keys and values of this many tokens."""
     config = model.config
     return 2 * config.num_layers * config.num_key_value_heads * config.kv_channels * tokens * model.dtype.itemsize
 
@@ -144,9 +143,9 @@ def seconds(work, device="cpu"):
 
 
 def take_turns(timers, rounds, warmup=1):
-    """{name: seconds of each round}: all take their turn in every round, so that a drift of the machine touches all.
+    """{name: seconds of each round}. All run in every round, so that drift of the machine affects all.
 
-    Every second round goes the other way round, so that none always follows the same one.
+    The order is reversed in every second round, so that none always follows the same one.
     """
     times, order = {name: [] for name in timers}, list(timers)
     for _ in range(rounds + warmup):
@@ -157,12 +156,12 @@ def take_turns(timers, rounds, warmup=1):
 
 
 def in_turns(works, rounds, device="cpu", warmup=1):
-    """`take_turns` with works that are timed from beginning to end."""
+    """`take_turns` with functions that are timed as a whole."""
     return take_turns({name: partial(seconds, work, device) for name, work in works.items()}, rounds, warmup)
 
 
 def ratio(times, base="ours", other="glm"):
-    """The median over the rounds of other / base: how many times as fast `base` is."""
+    """The median over the rounds of other / base: the speedup of `base`."""
     return round(statistics.median(b / a for a, b in zip(times[base], times[other])), 2)
 
 
@@ -171,7 +170,7 @@ def milliseconds(record):
 
 
 def peak_bytes(work, device="cpu"):
-    """How far memory rises while `work` runs, in bytes: allocated on the GPU, or resident in the process on a CPU."""
+    """Peak memory of `work` in bytes, above what was in use: allocated on the GPU, or resident on a CPU."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -180,12 +179,12 @@ def peak_bytes(work, device="cpu"):
         work()
         return torch.cuda.max_memory_allocated(device) - before
     c = ctypes.CDLL(None)
-    c.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: a tensor of 1 MiB has pages of its own, which go when it goes
+    c.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: a tensor of 1 MiB gets its own pages, which are freed with it
     c.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, files = resident_bytes("VmRSS"), resident_bytes("RssFile")
     work()
-    returned = max(resident_bytes("RssFile") - files, 0)  # pages of libraries that the system had taken back meanwhile
+    returned = max(resident_bytes("RssFile") - files, 0)  # pages of libraries that were evicted before
     return resident_bytes("VmHWM") - before - returned
 
 
@@ -201,7 +200,7 @@ def resident_bytes(key):
 
 
 def memory_bandwidth(device="cpu"):
-    """Bytes a second: read from 1 GiB by all threads of a CPU, or read and written by a copy on a GPU."""
+    """Bytes/s: read from 1 GiB by all threads of a CPU, or read and written by a copy on a GPU."""
     if torch.device(device).type == "cuda":
         block = torch.empty(1 << 30, dtype=torch.int8, device=device)
         target = torch.empty_like(block)
@@ -211,7 +210,7 @@ def memory_bandwidth(device="cpu"):
 
 
 def matmul_rate(dtype, device="cpu"):
-    """Operations a second of a square matrix product: side 2,048 on a CPU, 8,192 on a GPU."""
+    """Operations/s of a square matrix product: side 2,048 on a CPU, 8,192 on a GPU."""
     side = 8192 if torch.device(device).type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return 2 * side**3 / min(seconds(lambda: a @ b.t(), device) for _ in range(5))
@@ -226,7 +225,7 @@ def processor():
 
 
 def instructions(device="cpu"):
-    """What decides which kernels there are: "AVX512-VNNI", "AVX2", "GPU" or "other"."""
+    """What the choice of kernels depends on: "AVX512-VNNI", "AVX2", "GPU" or "other"."""
     if torch.device(device).type != "cpu":
         return "GPU"
     known = [kind for kind, _ in quantization_cpu.instructions()]
@@ -234,7 +233,7 @@ def instructions(device="cpu"):
 
 
 def machine(dtype, device="cpu"):
-    """The hardware, the versions, and what the machine can do at this moment."""
+    """The hardware, the versions, and the speed of the machine at this moment."""
     gpu = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else processor(),
@@ -250,7 +249,7 @@ def machine(dtype, device="cpu"):
 
 
 def record(benchmark, args, machine, **result):
-    """Print the run as one JSON line, and add it to results/BENCHMARK.jsonl."""
+    """Print the run as one JSON line and append it to results/BENCHMARK.jsonl."""
     settings = {
         key: value for key, value in vars(args).items() if key not in ("run", "benchmark") and value is not None
     }

@@ -1,11 +1,13 @@
-"""What quantizing does to the toy checkpoint's answers: cross entropy, divergence, and answers that stay as they are.
+"""What quantizing costs the tiny checkpoint: cross entropy, KL divergence from float32, and right answers.
 
-Cross entropy and KL divergence (of float32's next-token distribution from the quantized model's), both in nats a
-token, over the answers of all dialogues; `answers` counts rounds whose greedy answer is the data's.
+Cross entropy and divergence of the next-token distributions are in nats per token, over the answers of all dialogues;
+`answers` counts the rounds whose greedy answer is the one in the data.
 """
 
+import sys
+
 import torch
-from common import conftest, machine, record
+from common import TINY, machine, record
 from torch.nn.functional import kl_div
 
 SCHEMES = {"float32": (0, None), "int8": (8, None), "int4": (4, None), "int4, groups of 128": (4, 128),
@@ -32,12 +34,14 @@ def run(args):
     from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
     from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 
-    train = conftest.import_train()
-    tokenizer, dialogues = ChatGLMTokenizer.from_pretrained(conftest.TINY), train.read_dialogues()
+    sys.path.append(str(TINY))
+    import train
+
+    tokenizer, dialogues = ChatGLMTokenizer.from_pretrained(TINY), train.read_dialogues()
     examples = [(row["input_ids"], row["labels"]) for row in train.examples(dialogues, tokenizer)]
     rows, want = [], None
     for name, (bits, group_size) in SCHEMES.items():
-        model = ChatGLMForConditionalGeneration.from_pretrained(conftest.TINY).float().eval()
+        model = ChatGLMForConditionalGeneration.from_pretrained(TINY).float().eval()
         model.quantize(bits, **({"group_size": group_size} if group_size else {}))
         got, targets = log_probabilities(model, examples)
         want = got if want is None else want

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""C-Eval's multiple choice with ChatGLM2 weights, or with the toy checkpoint that this repository carries.
+"""Evaluate ChatGLM2 weights, or the tiny checkpoint of this repository, on C-Eval.
 
-    python evaluation/evaluate_ceval.py evaluation/example                        # a few questions, and the toy
-    python evaluation/evaluate_ceval.py ceval-exam --model ../chatglm2-6b --quantize 4 --shots 5
+    python evaluation/evaluate_ceval.py evaluation/example                    # a few questions, the tiny checkpoint
+    python evaluation/evaluate_ceval.py ceval-exam --model chatglm2-6b --quantize 4 --shots 5
 
-DATA is a folder as C-Eval is distributed: {dev,val,test}/SUBJECT_{dev,val,test}.csv, with the columns id, question, A,
-B, C, D and answer. Or it is one of jsonl files as ChatGLM2-6B's own script read them: {val,test}/**/SUBJECT.jsonl, with
+DATA is the folder that C-Eval distributes: {dev,val,test}/SUBJECT_{dev,val,test}.csv, with the columns id, question, A,
+B, C, D and answer. Or it holds the jsonl files of ChatGLM2-6B's own script: {val,test}/**/SUBJECT.jsonl, with
 inputs_pretokenized (question and options in one text) and label (0 to 3).
 
-val is scored. test has no answers: it gives the file that C-Eval's site takes.
+val is scored. test has no answers: the result is the file to submit on C-Eval's site.
 """
 
 import csv
@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from cli_demo import load_or_exit, model_parser  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from options import load_or_exit, model_parser
 
 LETTERS = "ABCD"
 COLUMNS = ("id", "question", *LETTERS)
@@ -48,7 +47,7 @@ CATEGORIES = {
 
 @dataclass
 class Question:
-    """One row: its id, the text with its options, the right letter (None in test), and where it stands."""
+    """One row: its id, question and options as one text, the correct letter (None in test), and its file and line."""
 
     id: str
     text: str
@@ -57,7 +56,7 @@ class Question:
 
 
 def read_csv(path, labelled):
-    """The questions of one csv file. Raises ValueError, naming file and line, on a row that is not one."""
+    """The questions of one csv file. Raises ValueError, with file and line, for an invalid row."""
     questions, seen = [], set()
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
@@ -75,7 +74,7 @@ def read_csv(path, labelled):
                 if labelled and (len(answer) != 1 or answer not in LETTERS):
                     raise ValueError(f"{place}: answer is {answer!r}, not one of A, B, C, D.")
                 if row["id"] in seen:
-                    raise ValueError(f"{place}: the id {row['id']} is there twice.")
+                    raise ValueError(f"{place}: the id {row['id']} occurs twice.")
                 seen.add(row["id"])
                 options = "\n".join(f"{letter}. {row[letter].strip()}" for letter in LETTERS)
                 questions.append(Question(row["id"], f"{row['question'].strip()}\n{options}", answer, place))
@@ -85,7 +84,7 @@ def read_csv(path, labelled):
 
 
 def read_jsonl(path, labelled):
-    """The questions of one jsonl file, with their line (from 0) as id. Raises ValueError as `read_csv` does."""
+    """The questions of one jsonl file; the id is the line, from 0. Raises ValueError as `read_csv` does."""
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():
@@ -109,19 +108,19 @@ def read_split(folder, split):
     """{subject: its questions} of one split.
 
     Raises:
-        ValueError: there are no files, or a row is bad.
+        ValueError: there are no files, or a row is invalid.
     """
     found = {}
     files = sorted(path for path in Path(folder, split).rglob("*") if path.suffix in (".csv", ".jsonl"))
     for path in files:
         subject = path.stem.removesuffix(f"_{split}")
         if subject in found:
-            raise ValueError(f"{path}: {subject} is there twice in {split}. Keep one of the files.")
+            raise ValueError(f"{path}: {subject} occurs twice in {split}. Keep one of the files.")
         found[subject] = (read_csv if path.suffix == ".csv" else read_jsonl)(path, labelled=split != "test")
         if not found[subject]:
-            raise ValueError(f"{path}: no question in it.")
+            raise ValueError(f"{path}: no questions.")
     if not found:
-        raise ValueError(f"{Path(folder, split)} has no csv and no jsonl file. Give the folder around {split}.")
+        raise ValueError(f"{Path(folder, split)} has no csv and no jsonl file. Give the folder that contains {split}.")
     return found
 
 
@@ -129,19 +128,19 @@ def read_split(folder, split):
 
 
 class Judge:
-    """Chooses letters: the likeliest of A, B, C, D as the next token of a chat's answer."""
+    """Answers with a letter: the most likely of A, B, C and D as the next token of a chat's answer."""
 
     def __init__(self, model, tokenizer, batch_size=8, max_new_tokens=512):
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         spellings = [tokenizer.convert_tokens_to_ids([letter, "▁" + letter]) for letter in LETTERS]
-        self.letter_ids = torch.tensor(spellings, device=model.device)  # (4, 2): an answer may begin with either
+        self.letter_ids = torch.tensor(spellings, device=model.device)  # (4, 2): an answer can start with either
         if tokenizer.unk_token_id in self.letter_ids:
             raise ValueError(f"tokenizer.model has no piece for one of {', '.join(LETTERS)}: {spellings}")
 
-    def prompt(self, question, examples=(), room=0):
-        """The prompt, with as many of the last examples as fit seq_length with `room` tokens for an answer."""
-        limit = self.model.config.seq_length - room
+    def prompt(self, question, examples=(), reserved=0):
+        """The prompt, with as many of the last examples as leave `reserved` tokens of seq_length for an answer."""
+        limit = self.model.config.seq_length - reserved
         for start in range(len(examples) + 1):
             history = [(example.text, example.answer) for example in examples[start:]]
             prompt = self.tokenizer.build_prompt(question.text, history)
@@ -155,7 +154,7 @@ class Judge:
 
     @torch.no_grad()
     def letters(self, questions, examples=()):
-        """The model's letter for each question, read right behind the prompt."""
+        """The model's letter for each question, directly after the prompt."""
         prompts = [self.prompt(question, examples) for question in questions]
         letters = []
         for start in range(0, len(prompts), self.batch_size):
@@ -167,9 +166,9 @@ class Judge:
 
     @torch.no_grad()
     def reasoned_letters(self, questions, examples=()):
-        """The same after the model has answered at length: asked again, with its answer behind the question."""
-        room = self.max_new_tokens + len(self.tokenizer(f"\n{CONCLUSION}")["input_ids"])
-        prompts = [self.prompt(question, examples, room) for question in questions]
+        """The same in two steps: the model answers at length, then is asked again with that answer in the prompt."""
+        reserved = self.max_new_tokens + len(self.tokenizer(f"\n{CONCLUSION}")["input_ids"])
+        prompts = [self.prompt(question, examples, reserved) for question in questions]
         answered = []
         for start in range(0, len(prompts), self.batch_size):
             inputs = self.inputs(prompts[start : start + self.batch_size])
@@ -185,13 +184,13 @@ class Judge:
 
 
 def average(subjects):
-    """Questions, right answers and accuracy in percent over `subjects`, each question counting the same."""
+    """Questions, correct answers and accuracy in percent over `subjects`; every question has the same weight."""
     questions, correct = (sum(subject[key] for subject in subjects) for key in ("questions", "correct"))
     return {"questions": questions, "correct": correct, "accuracy": round(100 * correct / questions, 2)}
 
 
 def averages(subjects):
-    """`average` of each category of C-Eval that has a subject here, and of all."""
+    """`average` of each of C-Eval's categories that has a subject in the data, and of all subjects."""
     result = {}
     for category, names in CATEGORIES.items():
         if members := [subjects[name] for name in names.split() if name in subjects]:
@@ -204,19 +203,19 @@ def write_row(name, row):
 
 
 def read_all(folder, split, shots, names=None):
-    """(questions, examples), each {subject: rows}. Raises ValueError on a bad row, or where `names` or `shots` lack."""
+    """(questions, examples), each {subject: rows}. Raises ValueError for an invalid row, a missing subject or shot."""
     questions = read_split(folder, split)
     examples = read_split(folder, "dev") if shots else {}
     if unknown := set(names or ()) - set(questions):
         raise ValueError(f"{split} has no subject {', '.join(sorted(unknown))}; it has {', '.join(questions)}.")
     for subject in names or questions:
         if (rows := len(examples.get(subject, ()))) < shots:
-            raise ValueError(f"--shots {shots}: {subject} has {rows} rows in dev. Give so many at most.")
+            raise ValueError(f"--shots {shots}: {subject} has only {rows} rows in dev.")
     return {name: questions[name] for name in names or questions}, examples
 
 
 def evaluate(judge, questions, examples, split="val", shots=0, reasoning=False):
-    """The result of a split: for val the scores, for test {subject: {id: letter}}. Prints a line a subject."""
+    """The result of a split: the scores of val, or {subject: {id: letter}} of test. Prints a line per subject."""
     choose = judge.reasoned_letters if reasoning else judge.letters
     answers, scores = {}, {}
     for subject, rows in questions.items():
@@ -238,14 +237,14 @@ def evaluate(judge, questions, examples, split="val", shots=0, reasoning=False):
 
 def parse_arguments(arguments=None):
     parser = model_parser(__doc__)
-    parser.add_argument("data", help="folder with val, and with dev or test")
+    parser.add_argument("data", help="folder with val, and optionally dev and test")
     parser.add_argument("--split", default="val", choices=["val", "test"], help="val is scored (default)")
-    parser.add_argument("--shots", type=int, default=0, help="examples from dev, as rounds before (default: 0)")
+    parser.add_argument("--shots", type=int, default=0, help="examples from dev, as earlier rounds (default: 0)")
     parser.add_argument(
         "--reasoning", action="store_true", help="let the model answer at length, then ask for the letter"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="of an answer at length (default: 512)")
-    parser.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="some of them (default: all)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="of a long answer (default: 512)")
+    parser.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="only these (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts at a time (default: 8)")
     parser.add_argument("--output", default="ceval.json", help="scores, or the submission (default: ceval.json)")
     args = parser.parse_args(arguments)
@@ -259,7 +258,7 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        data = read_all(args.data, args.split, args.shots, args.subjects)  # before minutes are spent on loading
+        data = read_all(args.data, args.split, args.shots, args.subjects)  # before the model loads
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         judge = Judge(*load_or_exit(args), args.batch_size, args.max_new_tokens)
         result = evaluate(judge, *data, args.split, args.shots, args.reasoning)

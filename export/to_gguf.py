@@ -4,9 +4,9 @@
     git clone --depth 1 https://github.com/ggml-org/llama.cpp
     python export/to_gguf.py chatglm2-6b chatglm2-6b.gguf --llama-cpp llama.cpp
 
-The converter knows a SentencePiece ChatGLM by the name of ChatGLM3's repository, and names [gMASK] and sop [PADn], as
-padding. Here it reads a folder that bears that name, with the code of this repository and a chat template that begins
-with the two; then both are marked as control tokens, so that llama.cpp's chats have the prompt that the model knows.
+The converter recognizes a SentencePiece ChatGLM by the name of ChatGLM3's repository, and calls [gMASK] and sop [PADn],
+as if they were padding. It is given a folder with that name, the code of this repository, and a chat template that
+starts with the two. Then both are marked as control tokens, so that chats in llama.cpp have the model's own prompt.
 """
 
 import argparse
@@ -16,68 +16,70 @@ import sys
 import tempfile
 from pathlib import Path
 
-from to_glm import CODE, chat_template, check_source, code, refusals
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from checkpoints import ROOT, load_config, load_tokenizer
+from glm import refusals
 
 REPOSITORY = "THUDM/chatglm3-6b"
-CONTROL = 3  # GGUF's type of a token that only a template spells
+CONTROL = 3  # GGUF's type of tokens that only a template contains
 
 
 def gguf_refusals(config):
-    """What llama.cpp cannot express of a ChatGLMConfig, or its converter would get wrong."""
+    """What llama.cpp cannot express of a ChatGLMConfig, or its converter gets wrong."""
     problems = refusals(config)
     if not config.multi_query_attention:
-        problems.append("multi_query_attention=False: the converter reads the rows of query, key and value otherwise.")
+        problems.append("multi_query_attention=False: the converter reads query, key and value in another order.")
     if config.quantization_bit:
         problems.append(
-            f"quantization_bit={config.quantization_bit}: the converter reads floats. Convert the float checkpoint, "
-            "and let llama-quantize round it."
+            f"quantization_bit={config.quantization_bit}: the converter reads floats. Convert the float checkpoint "
+            "and use llama-quantize."
         )
     if config.kv_channels * config.num_attention_heads != config.hidden_size:
-        problems.append(f"kv_channels={config.kv_channels}: the converter takes hidden_size / num_attention_heads.")
+        problems.append(f"kv_channels={config.kv_channels}: the converter uses hidden_size / num_attention_heads.")
     return problems
 
 
-def write_source(source, folder, config, prefix):
-    """Fill `folder` with links to the weights, our code, and the settings that the converter looks for."""
+def write_source(source, folder, config, template):
+    """Fill `folder` with links to weights and code, and with the config that the converter looks for."""
     weights = [path for pattern in ("*.safetensors", "*.bin", "*.index.json") for path in source.glob(pattern)]
-    for path in (*weights, source / "tokenizer.model", *CODE.glob("*.py"), CODE / "tokenizer_config.json"):
+    for path in (*weights, source / "tokenizer.model", *ROOT.glob("*.py"), ROOT / "tokenizer_config.json"):
         (folder / path.name).symlink_to(path.resolve())
-    auto_map = json.loads((CODE / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    auto_map = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))["auto_map"]
     values = {**config, "_name_or_path": REPOSITORY, "architectures": ["ChatGLMModel"], "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(prefix + chat_template(source), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def export(source, target, llama_cpp, outtype="auto"):
     """Write the folder `source` as the file `target`; `llama_cpp` is a folder of llama.cpp's source.
 
     Returns:
-        Options that llama.cpp needs to run the file: none, or those of linear rope_ratio.
+        Options that llama.cpp needs to run the file, for a linear rope_ratio, or "".
 
     Raises:
-        ValueError: a folder is not what it should be, llama.cpp cannot express the model, or its converter failed.
+        ValueError: a folder is wrong, llama.cpp cannot express the model, or its converter failed.
     """
     source, target, llama_cpp = Path(source), Path(target), Path(llama_cpp)
     converter = llama_cpp / "convert_hf_to_gguf.py"
     if not converter.is_file():
         raise ValueError(f"{llama_cpp} has no {converter.name}. Give --llama-cpp the folder of llama.cpp's source.")
-    check_source(source)
+    config = load_config(source)
     if target.exists():
-        raise ValueError(f"{target} is there already: nothing is overwritten.")
+        raise ValueError(f"{target} already exists; nothing is overwritten.")
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config = code("configuration_chatglm.ChatGLMConfig")(**values)
     if problems := gguf_refusals(config):
         raise ValueError("\n".join(problems))
     options = ""
-    if config.rope_ratio_type == "linear" and config.rope_ratio != 1:  # the converter would take it for "base"
+    if config.rope_ratio_type == "linear" and config.rope_ratio != 1:  # the converter would read it as "base"
         options = f"--rope-scaling linear --rope-scale {config.rope_ratio:g}"
         values["rope_ratio"] = 1
-    tokenizer = code("tokenization_chatglm.ChatGLMTokenizer")
-    prefix_ids = tokenizer.from_pretrained(source).get_prefix_tokens()
+    tokenizer = load_tokenizer(source)
+    prefix_ids = tokenizer.get_prefix_tokens()
+    template = "".join(f"[PAD{i}]" for i in prefix_ids) + tokenizer.chat_template
 
     unfinished = target.with_name(target.name + ".unfinished")
     with tempfile.TemporaryDirectory() as folder:
-        write_source(source, Path(folder), values, "".join(f"[PAD{i}]" for i in prefix_ids))
+        write_source(source, Path(folder), values, template)
         command = [sys.executable, str(converter), folder, "--outfile", str(unfinished), "--outtype", outtype]
         done = subprocess.run([*command, "--model-name", source.resolve().name], capture_output=True, text=True)
     if done.returncode or not unfinished.is_file():
@@ -97,7 +99,7 @@ def main(arguments=None):
     parser.add_argument("source", help="folder with ChatGLM2 weights, config.json and tokenizer.model")
     parser.add_argument("target", help="a new file")
     parser.add_argument("--llama-cpp", required=True, help="folder of llama.cpp's source")
-    parser.add_argument("--outtype", default="auto", help="f32, f16, bf16, q8_0, ... (default: as the weights are)")
+    parser.add_argument("--outtype", default="auto", help="f32, f16, bf16, q8_0, ... (default: that of the weights)")
     args = parser.parse_args(arguments)
     try:
         options = export(args.source, args.target, args.llama_cpp, args.outtype)
@@ -105,7 +107,7 @@ def main(arguments=None):
         raise SystemExit(f"{args.source}: {error}") from None
     print(f"{args.target}: {Path(args.target).stat().st_size / 1e6:.1f} MB")
     if options:
-        print(f"rope_ratio is not in the file. Run it with: {options}")
+        print(f"rope_ratio is not in the file; run it with {options}")
 
 
 if __name__ == "__main__":

@@ -3,164 +3,46 @@
 
     python export/to_glm.py chatglm2-6b chatglm2-6b-glm
 
-TARGET then holds what every tool that knows GLM reads: config.json, safetensors, tokenizer.json, the chat template.
-int8 and int4 checkpoints are written as the floats that their weights stand for. What GLM cannot express is refused.
+TARGET then holds what any tool that supports GLM reads: config.json, safetensors, tokenizer.json, the chat template.
+int8 and int4 weights are dequantized. What GLM cannot express is refused.
 """
 
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-CODE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from checkpoints import load_config, load_tokenizer
+from glm import dequantized, empty_glm, glm_config, glm_tensor
+
 SHARD = "2GB"  # what is held in memory at a time
-
-
-def code(reference):
-    """A class or function of this repository, as "modeling_chatglm.ChatGLMModel"."""
-    return get_class_from_dynamic_module(reference, str(CODE))
-
-
-def check_source(source):
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json. Give the folder that holds the weights and tokenizer.model.")
-
-
-def chat_template(source):
-    """Text of the folder's chat template, or of this repository's where the folder has none."""
-    path = source / "chat_template.jinja"
-    return (path if path.is_file() else CODE / path.name).read_text(encoding="utf-8")
-
-
-# ---- the network ----------------------------------------------------------------------------------------------------
-
-NAMES = {  # of the modules, GLM's and ours; q_proj, k_proj and v_proj are rows of the one query_key_value
-    "model.embed_tokens": "transformer.embedding.word_embeddings",
-    "model.norm": "transformer.encoder.final_layernorm",
-    "model.layers": "transformer.encoder.layers",
-    "lm_head": "transformer.output_layer",
-    "self_attn.o_proj": "self_attention.dense",
-    "self_attn.q_proj": "self_attention.query_key_value",
-    "self_attn.k_proj": "self_attention.query_key_value",
-    "self_attn.v_proj": "self_attention.query_key_value",
-    "mlp.gate_up_proj": "mlp.dense_h_to_4h",
-    "mlp.down_proj": "mlp.dense_4h_to_h",
-}
-
-
-def refusals(config):
-    """What GLM cannot express of a ChatGLMConfig: a list of texts, each with the value and the cure."""
-    retrain = "only a model trained otherwise could be written"
-    checks = [
-        ("rmsnorm", True, f"GLM has RMSNorm alone: {retrain}"),
-        ("post_layer_norm", True, f"GLM always has a last norm: {retrain}"),
-        ("apply_residual_connection_post_layernorm", False, f"GLM takes the residual before the norm: {retrain}"),
-        ("add_bias_linear", False, f"GLM has biases on query, key and value alone: {retrain}"),
-        ("fp32_residual_connection", False, "GLM adds in the weights' dtype: set it to false if that is near enough"),
-        ("pre_seq_len", None, "GLM has no P-Tuning prefix: export the model it was trained on, without pre_seq_len"),
-    ]
-    return [f"{k}={getattr(config, k)}: {cure}." for k, allowed, cure in checks if getattr(config, k) != allowed]
-
-
-def glm_config(config):
-    """GlmConfig of the network that the ChatGLMConfig `config` describes.
-
-    Raises:
-        ValueError: GLM cannot express it; the message names each value and its cure.
-    """
-    if problems := refusals(config):
-        raise ValueError("\n".join(problems))
-    linear = config.rope_ratio_type == "linear" and config.rope_ratio != 1
-    return GlmConfig(
-        vocab_size=config.padded_vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.kv_channels,
-        rms_norm_eps=config.layernorm_epsilon,
-        attention_bias=config.add_qkv_bias,
-        attention_dropout=config.attention_dropout,
-        rope_theta=10000.0 * (config.rope_ratio if config.rope_ratio_type == "base" else 1),
-        rope_scaling={"rope_type": "linear", "factor": float(config.rope_ratio)} if linear else None,
-        partial_rotary_factor=0.5,
-        max_position_embeddings=config.seq_length,
-        initializer_range=config.initializer_range,
-        pad_token_id=config.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=config.eos_token_id,
-        architectures=["GlmForCausalLM"],
-    )
-
-
-def glm_tensor(name, config, get):
-    """The tensor that GLM calls `name`. `get(name)` gives ours: a parameter, or what a quantized one stands for."""
-    ours = name
-    for glm, chatglm in NAMES.items():
-        ours = ours.replace(glm, chatglm)
-    tensor = get(ours)
-    letter = name.rpartition("_proj")[0][-1:]
-    if "query_key_value" not in ours:
-        return tensor
-    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.kv_channels
-    if config.multi_query_attention:
-        parts = tensor.split([heads * size, groups * size, groups * size])
-    else:  # rows interleaved per head: q, k, v of head 0, of head 1, ...
-        parts = [part.flatten(0, 1) for part in tensor.unflatten(0, (heads, 3, size)).unbind(1)]
-    return parts["qkv".index(letter)]
-
-
-def dequantized(model):
-    """name -> tensor of `model`, where an int8 or int4 weight is given as the float that it stands for."""
-    state = model.state_dict()
-
-    def get(name):
-        scale = state.get(name + "_scale")
-        if scale is None:
-            return state[name]
-        bits = model.get_submodule(name.rpartition(".")[0]).bits
-        return code("quantization_format.dequantize_weight")(state[name], scale, bits)
-
-    return get
-
-
-def empty_glm(config):
-    """GlmForCausalLM of a ChatGLMConfig, on the meta device."""
-    with torch.device("meta"):
-        return GlmForCausalLM(glm_config(config))
-
-
-def glm_state_dict(model):
-    """The model's tensors under GlmForCausalLM's names; those that are not quantized share memory with the model."""
-    get = dequantized(model)
-    return {name: glm_tensor(name, model.config, get) for name in empty_glm(model.config).state_dict()}
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
-# [gMASK] and sop are named by characters that Unicode keeps for a program's own use, so that no text can spell them;
-# only what a text begins with, as the chat template's does, is read as these two.
+# [gMASK] and sop are named by Unicode noncharacters, so that no text contains them. Only at the start of a text, where
+# the chat template has "[gMASK]sop", are they read.
 GMASK, SOP = "\ufdd0", "\ufdd1"
 PREFIX = "[gMASK]sop"
 
 
 def glm_tokenizer(tokenizer, template):
-    """A stock fast tokenizer with the ids of our `tokenizer`, a ChatGLMTokenizer.
+    """A standard fast tokenizer with the ids of `tokenizer`, a ChatGLMTokenizer.
 
     Two differences: a text that begins with "[gMASK]sop" begins with these two ids, which is how a rendered chat
-    template gets them, and <unk>, <s> and </s> are shown by decode() unless skip_special_tokens=True.
+    template gets them, and decode() shows <unk>, <s> and </s> unless skip_special_tokens=True.
     """
     pieces, commands = tokenizer.tokenizer.sp_model, tokenizer.tokenizer.special_tokens
     vocab = tokenizer.tokenizer.get_vocab()
@@ -211,30 +93,29 @@ def glm_tokenizer(tokenizer, template):
 
 
 def load(source):
-    """(model, tokenizer) of the folder `source` by the code of this repository; the weights stay mapped from disk."""
-    model_class = code("modeling_chatglm.ChatGLMForConditionalGeneration")
-    tokenizer_class = code("tokenization_chatglm.ChatGLMTokenizer")
-    config = model_class.config_class.from_pretrained(source)
-    glm_config(config)  # what cannot be written is said before anything is read
-    model, report = model_class.from_pretrained(source, config=config, torch_dtype="auto", output_loading_info=True)
+    """(model, tokenizer) of the folder `source`; the weights stay memory-mapped."""
+    config = load_config(source)
+    glm_config(config)  # refuses what cannot be written, before any weight is read
+    model, report = ChatGLMForConditionalGeneration.from_pretrained(
+        source, config=config, torch_dtype="auto", output_loading_info=True
+    )
     lacking = [*report["missing_keys"], *report["mismatched_keys"]]
     if lacking:
-        raise ValueError(f"{source} lacks {len(lacking)} tensors, or has them in another shape: {lacking[:3]}")
+        raise ValueError(f"{source} lacks {len(lacking)} tensors, or has other shapes: {lacking[:3]}")
     if report["unexpected_keys"]:
-        raise ValueError(f"{source} holds tensors that GLM has no place for: {sorted(report['unexpected_keys'])[:3]}")
-    return model.eval(), tokenizer_class.from_pretrained(source)
+        raise ValueError(f"{source} holds tensors that GLM does not have: {sorted(report['unexpected_keys'])[:3]}")
+    return model.eval(), load_tokenizer(source)
 
 
 def export(source, target, max_shard_size=SHARD):
-    """Write the checkpoint `source` as a GLM folder `target`, in the dtype it has.
+    """Write the checkpoint `source` as a GLM folder `target`, in its dtype.
 
     Raises:
         ValueError: GLM cannot express the model, tensors are missing, or `target` holds files already.
     """
     source, target = Path(source), Path(target)
-    check_source(source)
     if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty. Give a new folder: nothing is overwritten.")
+        raise ValueError(f"{target} is not empty. Give a new folder; nothing is overwritten.")
     model, tokenizer = load(source)
     target.mkdir(parents=True, exist_ok=True)
 
@@ -252,7 +133,7 @@ def export(source, target, max_shard_size=SHARD):
     setattr(glm.config, "dtype" if hasattr(glm.config, "dtype") else "torch_dtype", model.dtype)
     glm.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
-    glm_tokenizer(tokenizer, chat_template(source)).save_pretrained(target)
+    glm_tokenizer(tokenizer, tokenizer.chat_template).save_pretrained(target)
     settings = target / "tokenizer_config.json"
     values = json.loads(settings.read_text(encoding="utf-8"))
     values["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every release of transformers knows

@@ -1,13 +1,13 @@
-"""Dialogues from jsonl files, and the examples made of them: ids of prompt, answer and </s>, a loss on the last two.
+"""Read dialogues from jsonl files and tokenize them: prompt, answer and </s>, with labels on the last two.
 
 One JSON object a line, in either form:
 
     {"prompt": "…", "response": "…", "history": [["…", "…"]]}    the original's; columns of any name, history optional
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
-The first form learns `response`; the second one every assistant message, each behind what was said before it. A system
-message may come first. An example is laid out as the original's scripts did: the chat's prompt with [gMASK] sop in
-front, the answer tokenized by itself (so it begins with SentencePiece's space, as released models answer), </s>.
+The first form learns `response`; the second every assistant message, with everything before it as context. A system
+message may come first. Examples are those of the original's scripts: [gMASK] sop and the chat prompt, the answer
+tokenized separately (it starts with SentencePiece's space, as the released models' answers do), </s>.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import List, NamedTuple
 
 from tqdm.auto import tqdm
 
-IGNORED = -100  # a label without a loss
+IGNORED = -100  # the label of tokens without a loss
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
 
@@ -25,16 +25,15 @@ class Round(NamedTuple):
     """One answer to learn."""
 
     line: int
-    messages: List[dict]  # what was said before; the last one is the user's
+    messages: List[dict]  # everything before it; the last is the user's
     answer: str
 
 
 def read_rounds(path, prompt_column=None, response_column=None, history_column=None, messages_column="messages"):
-    """The answers to learn from a jsonl file, in its order; in the messages form where no other column is named.
+    """The answers to learn from a jsonl file, in order; in the messages form unless other columns are named.
 
     Raises:
-        ValueError: a line that cannot be learned from; the message holds the file, the line's number, the value and
-            the cure.
+        ValueError: an invalid line; the message gives the file, the line number, the value and the fix.
     """
     if (prompt_column is None) != (response_column is None) or (history_column and prompt_column is None):
         raise ValueError(
@@ -65,12 +64,12 @@ def parse(line):
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is no UTF-8: save the file as UTF-8.") from None
+        raise ValueError(f"byte {error.start} is not UTF-8: save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
         text = SHORT.repr(line.decode("utf-8-sig").strip())
-        raise ValueError(f"{text} is no JSON ({error.msg}, column {error.colno}): one object a line.") from None
+        raise ValueError(f"{text} is not JSON ({error.msg}, column {error.colno}): one object per line.") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{SHORT.repr(record)} is no JSON object: write one object a line, not a list of them.")
+        raise ValueError(f"{SHORT.repr(record)} is not a JSON object: write one object per line, not a list of them.")
     return record
 
 
@@ -82,7 +81,7 @@ def column(record, name):
 
 def check_text(value, what):
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what} is {SHORT.repr(value)}: give a text that is not empty.")
+        raise ValueError(f"{what} is {SHORT.repr(value)}: give a non-empty string.")
 
 
 def round_of_columns(number, query, answer, history, prompt_column, response_column):
@@ -93,13 +92,13 @@ def round_of_columns(number, query, answer, history, prompt_column, response_col
         raise ValueError(f"history is {SHORT.repr(history)}: give a list of [query, response] pairs.")
     for i, turn in enumerate(history or []):
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise ValueError(f"history[{i}] is {SHORT.repr(turn)}: give [query, response], a pair of texts.")
+            raise ValueError(f"history[{i}] is {SHORT.repr(turn)}: give [query, response], a pair of strings.")
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn)]
     return Round(number, [*messages, {"role": "user", "content": query}], answer)
 
 
 def rounds_of_messages(number, messages):
-    """Every assistant message with all that stands before it."""
+    """Every assistant message, with everything before it."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages is {SHORT.repr(messages)}: give a list of messages.")
     rounds, wanted = [], "user"
@@ -112,14 +111,14 @@ def rounds_of_messages(number, messages):
             continue
         if role != wanted:
             raise ValueError(
-                f"messages[{i}] has the role {SHORT.repr(role)} where {wanted!r} is due: "
+                f"messages[{i}] has the role {SHORT.repr(role)} where {wanted!r} is expected: "
                 "user and assistant take turns, and a system message may only come first."
             )
         if role == "assistant":
             rounds.append(Round(number, messages[:i], content))
         wanted = "user" if role == "assistant" else "assistant"
     if wanted == "assistant" or not rounds:
-        raise ValueError("the last message is not the assistant's, so there is no answer to learn: add it, or drop it.")
+        raise ValueError("the last message is not the assistant's, so there is no answer to learn: add one.")
     return rounds
 
 
@@ -134,13 +133,13 @@ class Examples(NamedTuple):
 def make_examples(tokenizer, rounds, max_source_length, max_target_length, progress=True):
     """Tokenize `rounds`.
 
-    A prompt over `max_source_length` loses its beginning, behind [gMASK] sop: the question stays, old rounds go. An
-    answer over `max_target_length` loses its end, and </s> with it, so that no one learns to stop there.
+    A prompt over `max_source_length` is cut after [gMASK] sop: old rounds go, the question stays. An answer over
+    `max_target_length` loses its end, and gets no </s>: the model must not learn to stop there.
     """
     rows, cut_prompts, cut_answers = [], 0, 0
     prefix = tokenizer.get_prefix_tokens()
-    room = max_source_length - len(prefix)
-    if room < 1 or max_target_length < 1:
+    kept = max_source_length - len(prefix)
+    if kept < 1 or max_target_length < 1:
         raise ValueError(
             f"max_source_length={max_source_length}, max_target_length={max_target_length}: give at least "
             f"{len(prefix) + 1} and 1."
@@ -149,7 +148,7 @@ def make_examples(tokenizer, rounds, max_source_length, max_target_length, progr
         prompt = tokenizer.apply_chat_template(item.messages, add_generation_prompt=True, return_dict=False)
         answer = tokenizer.encode(item.answer, add_special_tokens=False)
         if len(prompt) > max_source_length:
-            prompt = [*prefix, *prompt[-room:]]
+            prompt = [*prefix, *prompt[-kept:]]
             cut_prompts += 1
         if len(answer) > max_target_length:
             answer = answer[:max_target_length]

@@ -5,25 +5,39 @@
         --use_peft --dtype bfloat16 --learning_rate 2e-4
 
 Arguments are those of TRL's SFTConfig and ModelConfig, and of finetune/train.py for the data; TRL trains in bfloat16
-unless told otherwise, and wants --use_cpu where there is no GPU. The examples are made by finetune/data.py, and TRL
-finds them tokenized: its own way takes a dialogue's end from the template's text, and no text spells </s> here, so the
-model would not learn to stop.
+unless told otherwise, and needs --use_cpu on a machine without a GPU. finetune/data.py makes and tokenizes the
+examples: TRL would take the end of an answer from the template's text, which cannot contain </s>, and the model would
+not learn to stop.
 """
 
-from checkpoints import load_model
+import sys
+from pathlib import Path
+
 from datasets import Dataset
-from train import LAYERS, DataArguments, EndAtNan, UseCacheOnSave, begin, parse, train, trained_in_full
+from train import (
+    LAYERS,
+    DataArguments,
+    StopAtNonFiniteLoss,
+    UseCacheOnSave,
+    begin,
+    load_for_full_training,
+    parse,
+    train,
+)
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from checkpoints import load_model
 
 ARGUMENTS = (ModelConfig, DataArguments, SFTConfig)
 
 
 class DialogueTrainer(UseCacheOnSave, SFTTrainer):
-    """SFTTrainer with the config.json of train.py's full method."""
+    """SFTTrainer that writes the config.json of train.py's full method."""
 
 
 def check_options(model_config, training):
-    """Refuse what TRL's arguments offer and this script would pass over in silence."""
+    """Refuse options of TRL that this script does not apply."""
     if model_config.load_in_4bit or model_config.load_in_8bit:
         raise ValueError(
             "--load_in_4bit and --load_in_8bit are bitsandbytes': give a folder that was saved with int4 or int8 "
@@ -36,9 +50,9 @@ def check_options(model_config, training):
         )
     for name in ("attn_implementation", "model_revision"):
         if getattr(model_config, name) != getattr(ModelConfig(), name):
-            raise ValueError(f"--{name} has no meaning here: leave it out.")
+            raise ValueError(f"--{name} is not supported here: leave it out.")
     if not model_config.use_peft and model_config.dtype != ModelConfig().dtype:
-        raise ValueError(f"--dtype {model_config.dtype}: full training holds float32 weights; add --use_peft.")
+        raise ValueError(f"--dtype {model_config.dtype}: full training is in float32; add --use_peft, or leave it out.")
 
 
 def prepare(model_config, data, training):
@@ -51,7 +65,7 @@ def prepare(model_config, data, training):
     if model_config.use_peft:
         model = load_model(folder, model_config.dtype)
     else:
-        model = trained_in_full(folder, tokenizer)
+        model = load_for_full_training(folder, tokenizer)
     trainer = DialogueTrainer(
         model=model,
         args=training,
@@ -59,7 +73,7 @@ def prepare(model_config, data, training):
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[EndAtNan()],
+        callbacks=[StopAtNonFiniteLoss()],
     )
     return trainer, checkpoint
 

@@ -7,19 +7,19 @@
         --train_file train.json --prompt_column content --response_column summary --output_dir output/prefix
 
 Every argument of transformers' TrainingArguments is one here; those of the original's scripts keep their names and
-meaning. The trained weights are float32. Weights that are not trained are held in bfloat16 with --bf16, in float16
-with --fp16, else in float32, or in the bits of --quantization_bit.
+meaning. The trained weights are float32. Frozen weights are bfloat16 with --bf16, float16 with --fp16, float32
+otherwise, or quantized with --quantization_bit.
 """
 
 import argparse
 import importlib.util
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional
 
 import torch
-from checkpoints import load_config, load_model, load_tokenizer, read_prefix, save_prefix, take_code_along
 from data import make_examples, read_rounds
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -31,9 +31,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from checkpoints import TINY, include_code, load_config, load_model, load_tokenizer, read_prefix, save_prefix
+
 LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 LEARNING_RATES = {"ptuning": 2e-2, "lora": 2e-4, "full": 1e-5}
-TINY = str(Path(__file__).resolve().parent.parent / "examples" / "tiny")
 
 
 def option(default, text, **kwargs):
@@ -42,19 +44,21 @@ def option(default, text, **kwargs):
 
 @dataclass
 class ModelArguments:
-    """Which weights, and what of them is trained."""
+    """Which weights, and which part of them is trained."""
 
-    model_name_or_path: str = option(TINY, "folder with config.json, weights and tokenizer.model (default: the toy)")
+    model_name_or_path: str = option(
+        str(TINY), "folder with config.json, weights and tokenizer.model (default: the tiny checkpoint)"
+    )
     method: Optional[str] = option(
         None, "default: ptuning with --pre_seq_len, else full, as in the original", choices=[*LEARNING_RATES]
     )
-    quantization_bit: Optional[int] = option(None, "hold the weights that are not trained in 4 or 8 bits")
+    quantization_bit: Optional[int] = option(None, "quantize the frozen weights to 4 or 8 bits")
     pre_seq_len: Optional[int] = option(None, "P-Tuning: tokens of the prefix (default: 128)")
     prefix_projection: bool = option(False, "P-Tuning: an MLP makes the prefix")
-    ptuning_checkpoint: Optional[str] = option(None, "P-Tuning: begin with the prefix in this folder")
+    ptuning_checkpoint: Optional[str] = option(None, "P-Tuning: start from the prefix in this folder")
     lora_r: int = option(8, "LoRA: rank")
     lora_alpha: int = option(32, "LoRA: the update is scaled by lora_alpha / lora_r")
-    lora_dropout: float = option(0.1, "LoRA: dropout before the update")
+    lora_dropout: float = option(0.1, "LoRA: dropout on the input of the update")
     lora_target_modules: List[str] = field(
         default_factory=lambda: LAYERS, metadata={"help": "LoRA: layers of a block (default: all four)"}
     )
@@ -94,12 +98,12 @@ class DataArguments:
 
 @dataclass
 class FineTuningArguments(TrainingArguments):
-    """TrainingArguments, but for four defaults."""
+    """TrainingArguments with four other defaults."""
 
     learning_rate: Optional[float] = option(None, "default: 2e-2 for ptuning, 2e-4 for lora, 1e-5 for full")
-    gradient_checkpointing: Optional[bool] = option(None, "compute activations again, for memory (default: true)")
-    logging_steps: float = option(10, "steps between two points of the loss curve")
-    logging_nan_inf_filter: bool = option(False, "hide losses that are not finite; here training ends at one")
+    gradient_checkpointing: Optional[bool] = option(None, "recompute activations to save memory (default: true)")
+    logging_steps: float = option(10, "steps between points of the loss curve")
+    logging_nan_inf_filter: bool = option(False, "hide non-finite losses; here training stops at one")
 
     def __post_init__(self):
         renamed = "activation_checkpointing"  # its name in newer releases, beside the old one
@@ -110,7 +114,7 @@ class FineTuningArguments(TrainingArguments):
 
 
 class PrefixTrainer(Trainer):
-    """A Trainer whose checkpoints hold the prefix alone, as the original's did."""
+    """A Trainer whose checkpoints hold only the prefix, as the original's did."""
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:
@@ -122,43 +126,43 @@ class PrefixTrainer(Trainer):
 
 
 class UseCacheOnSave:
-    """The Trainer switches `use_cache` off in the model's config; what it writes has it on, as the weights came."""
+    """Saves the config with `use_cache`, which the Trainer disables while it trains."""
 
     def _save(self, output_dir=None, state_dict=None):
         config = self.model.config
-        held, config.use_cache = config.use_cache, True
+        while_training, config.use_cache = config.use_cache, True
         super()._save(output_dir, state_dict)
-        config.use_cache = held
+        config.use_cache = while_training
 
 
 class FullTrainer(UseCacheOnSave, Trainer):
-    """A Trainer whose checkpoints are folders of weights that stand alone."""
+    """A Trainer whose checkpoints are complete folders of weights."""
 
 
 TRAINERS = {"ptuning": PrefixTrainer, "lora": Trainer, "full": FullTrainer}
 
 
-class EndAtNan(TrainerCallback):
-    """Ends a run at the first loss that is not finite, before checkpoints of it push the good ones out."""
+class StopAtNonFiniteLoss(TrainerCallback):
+    """Stops at the first loss that is not finite, before its checkpoints replace the good ones."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(name, 0)):
                 raise FloatingPointError(
                     f"{name}={logs[name]} at step {state.global_step}, learning rate {args.learning_rate}: lower "
-                    "--learning_rate, or take --bf16 in place of --fp16, and resume from the last good checkpoint."
+                    "--learning_rate, or use --bf16 instead of --fp16, and resume from the last good checkpoint."
                 )
 
 
 def examples(path, data, tokenizer, config, progress=True):
-    """Rows of ids and labels; says how many were cut."""
+    """Rows of ids and labels; prints how many were cut."""
     rounds = data.read(path)
     made = make_examples(tokenizer, rounds, data.max_source_length, data.max_target_length, progress)
     longest = max(range(len(made.rows)), key=lambda i: len(made.rows[i]["input_ids"]))
     length = len(made.rows[longest]["input_ids"])
     if length > config.seq_length:
         raise ValueError(
-            f"{path}, line {rounds[longest].line}: {length} tokens pass seq_length={config.seq_length}. Lower "
+            f"{path}, line {rounds[longest].line}: {length} tokens exceed seq_length={config.seq_length}. Lower "
             "--max_source_length or --max_target_length, or shorten the dialogue."
         )
     if progress:
@@ -169,22 +173,22 @@ def examples(path, data, tokenizer, config, progress=True):
     return made.rows
 
 
-def trained_in_full(folder, tokenizer):
-    """The weights in `folder` in float32, to be trained and saved with their code."""
+def load_for_full_training(folder, tokenizer):
+    """The weights in `folder` in float32, to be trained in full and saved with their code."""
     model = load_model(folder, torch.float32)
     bits = model.config.quantization_bit
     if bits:
         raise ValueError(f"{folder} holds int{bits} weights, which cannot be trained in full: use LoRA or P-Tuning.")
-    take_code_along(model, tokenizer)
+    include_code(model, tokenizer)
     return model
 
 
 def build_model(arguments, training, tokenizer):
-    """The model with `requires_grad` on what the method trains, and that in float32."""
-    low = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    """The model. What the method trains has `requires_grad` and is float32."""
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     bits = arguments.quantization_bit or 0
     if arguments.method == "full":
-        return trained_in_full(arguments.model_name_or_path, tokenizer)
+        return load_for_full_training(arguments.model_name_or_path, tokenizer)
     if arguments.method == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -195,13 +199,13 @@ def build_model(arguments, training, tokenizer):
             lora_dropout=arguments.lora_dropout,
             target_modules=arguments.lora_target_modules,
         )
-        return get_peft_model(load_model(arguments.model_name_or_path, low, bits), lora)
+        return get_peft_model(load_model(arguments.model_name_or_path, dtype, bits), lora)
     if arguments.ptuning_checkpoint:
         state, prefix = read_prefix(arguments.ptuning_checkpoint)
     else:
         length = arguments.pre_seq_len or 128
         state, prefix = None, {"pre_seq_len": length, "prefix_projection": arguments.prefix_projection}
-    model = load_model(arguments.model_name_or_path, low, bits, **prefix)
+    model = load_model(arguments.model_name_or_path, dtype, bits, **prefix)
     if state:
         model.transformer.prefix_encoder.load_state_dict(state)
     model.transformer.prefix_encoder.float()
@@ -209,25 +213,25 @@ def build_model(arguments, training, tokenizer):
 
 
 def check_output(training):
-    """The checkpoint to resume from, or None. Refuses to mix two runs in one folder."""
+    """The checkpoint to resume from, or None. Two runs in one folder are refused."""
     asked = training.resume_from_checkpoint
     found = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     if asked is None and found:
         raise ValueError(
-            f"{training.output_dir} holds {Path(found).name} of an earlier run: go on with --resume_from_checkpoint "
+            f"{training.output_dir} holds {Path(found).name} of an earlier run: continue with --resume_from_checkpoint "
             "true, or give another --output_dir."
         )
     if asked is None or asked.lower() == "false":
         return None
     if asked.lower() != "true" and not Path(asked).is_dir():
-        raise ValueError(f"--resume_from_checkpoint {asked} is no folder: give a checkpoint's, or true for the last.")
+        raise ValueError(f"--resume_from_checkpoint {asked} is not a directory: give a checkpoint, or true.")
     if asked.lower() == "true" and not found:
         raise ValueError(f"--resume_from_checkpoint true: {training.output_dir} holds no checkpoint; leave it out.")
     return found if asked.lower() == "true" else asked
 
 
 def draw_loss(history, path):
-    """A picture of the logged losses, the Trainer's `state.log_history`."""
+    """Plot the losses of `history`, the Trainer's `state.log_history`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,14 +244,14 @@ def draw_loss(history, path):
             axes.plot(*zip(*points), marker="." if len(points) < 50 else None, label=label)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.3)
-    if axes.lines:  # none where the run was shorter than logging_steps
+    if axes.lines:  # none if the run was shorter than logging_steps
         axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def begin(folder, data, training):
-    """What comes before the model: (checkpoint to resume from, tokenizer, rows to train on, rows to validate on)."""
+    """(checkpoint to resume from, tokenizer, training rows, validation rows), all checked before the model loads."""
     set_seed(training.seed)
     first = training.process_index == 0
     checkpoint = check_output(training)
@@ -258,7 +262,7 @@ def begin(folder, data, training):
 
 
 def prepare(arguments, data, training):
-    """(trainer, checkpoint to resume from): everything that can be wrong is found here, the data before the model."""
+    """(trainer, checkpoint to resume from). Options, data and folders are checked before the model loads."""
     if training.learning_rate is None:
         training.learning_rate = LEARNING_RATES[arguments.method]
     checkpoint, tokenizer, train_rows, eval_rows = begin(arguments.model_name_or_path, data, training)
@@ -273,7 +277,7 @@ def prepare(arguments, data, training):
         eval_dataset=eval_rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
-        callbacks=[EndAtNan()],
+        callbacks=[StopAtNonFiniteLoss()],
     )
     return trainer, checkpoint
 
@@ -308,11 +312,11 @@ def main(arguments=None):
         raise SystemExit(f"error: {error}") from error
     train(trainer, checkpoint)
     if trainer.is_world_process_zero():
-        command = f"cli_demo.py --model {training.output_dir}"
+        options = f"--model {training.output_dir}"
         if model.method != "full":
-            base = "" if model.model_name_or_path == TINY else f" --model {model.model_name_or_path}"
-            command = f"finetune/chat.py{base} --checkpoint {training.output_dir}"
-        print(f"saved in {training.output_dir}: python {command}")
+            base = "" if model.model_name_or_path == str(TINY) else f"--model {model.model_name_or_path} "
+            options = f"{base}--checkpoint {training.output_dir}"
+        print(f"saved in {training.output_dir}: python demos/cli_demo.py {options}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What the tests share: the repository as the package `chatglm2`, small random models, the carried checkpoint."""
+"""What the tests share: small random models, the tiny checkpoint, servers to wait for.
+
+The scripts are modules by their file's name: pyproject.toml has their folders in pytest's `pythonpath`.
+"""
 
 import importlib.util
 import os
@@ -19,21 +22,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "examples" / "tiny"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from checkpoints import ROOT, TINY  # noqa: E402
+
 SHARED = ROOT.parent / "shared"
 CODE_FILES = sorted(ROOT.glob("*.py"))
-
-
-def import_repository():
-    """Make the repository's files importable as `chatglm2.modeling_chatglm` and so on."""
-    spec = importlib.util.spec_from_loader("chatglm2", loader=None, is_package=True)
-    package = importlib.util.module_from_spec(spec)
-    package.__path__ = [str(ROOT)]
-    sys.modules.setdefault("chatglm2", package)
-
-
-import_repository()
 
 
 def import_file(path):

@@ -1,19 +1,15 @@
 """An implementation that no one here wrote: transformers' GlmForCausalLM is this network under other names."""
 
-import sys
-
 import pytest
 import torch
 from chatglm2.transformers_compat import CACHE, DynamicCache
-from conftest import ROOT
 
 pytestmark = pytest.mark.needs_transformers("4.46", "GlmForCausalLM")
 
 
 def glm_twin(model):
     """GlmForCausalLM in float32, with eager attention and a copy of the model's weights."""
-    sys.path.append(str(ROOT / "export"))
-    from to_glm import glm_config, glm_state_dict
+    from glm import glm_config, glm_state_dict
     from transformers import GlmForCausalLM
 
     config = glm_config(model.config)

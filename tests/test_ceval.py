@@ -7,9 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-
-sys.path.append(str(ROOT / "evaluation"))
-from evaluate_ceval import CONCLUSION, LETTERS, Judge, Question, averages, evaluate, read_all, read_split  # noqa: E402
+from evaluate_ceval import CONCLUSION, LETTERS, Judge, Question, averages, evaluate, read_all, read_split
 
 EXAMPLE = ROOT / "evaluation" / "example"
 HEADER = "id,question,A,B,C,D,answer\n"
@@ -64,7 +62,7 @@ def test_examples_that_do_not_fit_are_left_out(make_judge, questions, tiny_model
     prompt = judge.prompt(questions[0], [long, long, questions[1]])
     assert prompt.startswith("[Round 1]") and questions[1].text in prompt and prompt.count("长") == limit // 2
     with pytest.raises(ValueError, match=rf"there: \d+ tokens, and {limit - 600} fit"):
-        judge.prompt(long, room=600)
+        judge.prompt(long, reserved=600)
 
 
 def test_jsonl_gives_what_csv_gives(make_judge, tmp_path):
@@ -86,9 +84,9 @@ def test_jsonl_gives_what_csv_gives(make_judge, tmp_path):
         ("a_val.csv", HEADER + "0,q,1,2,3,4,A\n1,q,1,2,3,A\n", "line 3: not 7 fields"),
         ("a_val.csv", HEADER + '0,"q\nq",1,2,3,4,A\n1,q,1,2,3,4,E\n', "line 4: answer is 'E'"),
         ("a_val.csv", HEADER + "0,q,1, ,3,4,A\n", "line 2: B is empty"),
-        ("a_val.csv", HEADER + "0,q,1,2,3,4,A\n0,q,1,2,3,4,A\n", "line 3: the id 0 is there twice"),
+        ("a_val.csv", HEADER + "0,q,1,2,3,4,A\n0,q,1,2,3,4,A\n", "line 3: the id 0 occurs twice"),
         ("a_val.csv", HEADER + '0,"q"q,1,2,3,4,A\n', "line 2: "),
-        ("a_val.csv", HEADER, "a_val.csv: no question"),
+        ("a_val.csv", HEADER, "a_val.csv: no questions"),
         ("a.jsonl", '{"inputs_pretokenized": "q", "label": 1}\n{"label": \n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", '\n{"question": "q", "label": 1}\n', "line 2: no text under inputs_pretokenized"),
         ("a.jsonl", '{"inputs_pretokenized": "q", "label": 4}\n', "line 1: label is 4"),
@@ -105,7 +103,7 @@ def test_a_bad_row_is_named(tmp_path, name, text, message):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no csv and no jsonl file"):
         read_split(tmp_path, "val")
-    with pytest.raises(ValueError, match="--shots 5: college_physics has 2 rows in dev"):
+    with pytest.raises(ValueError, match="--shots 5: college_physics has only 2 rows in dev"):
         read_all(EXAMPLE, "val", 5)
     with pytest.raises(ValueError, match="val has no subject law; it has college_physics, logic"):
         read_all(EXAMPLE, "val", 0, names=["law"])

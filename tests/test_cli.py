@@ -1,4 +1,4 @@
-"""cli_demo.py as a person runs it: piped, and in a terminal."""
+"""demos/cli_demo.py as a person runs it: piped, and in a terminal."""
 
 import os
 import select
@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
+import cli_demo
 import pytest
-from conftest import ROOT, TINY, import_file
+from conftest import ROOT, TINY
 
 HELLO = "你好！我是一个很小的 ChatGLM2 演示模型，很高兴和你聊天。"
-COMMAND = [sys.executable, str(ROOT / "cli_demo.py"), "--device", "cpu", "--temperature", "0"]
+COMMAND = [sys.executable, str(ROOT / "demos" / "cli_demo.py"), "--device", "cpu", "--temperature", "0"]
 ENVIRONMENT = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -37,7 +38,7 @@ def test_options(options):
 def test_a_folder_that_is_none_is_named():
     """A wrong --model ends with one line."""
     done = run("", "--model", "/nowhere")
-    assert done.returncode == 1 and done.stderr.decode().startswith("/nowhere is no folder")
+    assert done.returncode == 1 and done.stderr.decode().startswith("/nowhere on cpu: /nowhere is not a directory")
 
 
 def test_what_is_wrong_with_a_folder_is_one_message(tmp_path):
@@ -92,7 +93,7 @@ def test_a_terminal_session():
         type_in("clear\n讲个笑话\n")
         read_until("闹钟")
         type_in("\x03")
-        read_until("`stop` leaves")
+        read_until("`stop` quits")
         read_until("> ")
         type_in("clear\n你好\n")
         read_until("很高兴和你聊天。")
@@ -120,9 +121,9 @@ def test_an_interrupt_at_the_prompt_drops_the_line(capsys):
             asked.append(query)
             yield "你好！"
 
-    import_file(ROOT / "cli_demo.py").talk(Conversation(), read_line, interactive=True)
+    cli_demo.talk(Conversation(), read_line, interactive=True)
     assert asked == ["你好"] and next(lines) == "再见"
-    assert capsys.readouterr().out == " … (`stop` leaves)\n你好！\n … (`stop` leaves)\n"
+    assert capsys.readouterr().out == " … (`stop` quits)\n你好！\n … (`stop` quits)\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT to another process needs a POSIX system")

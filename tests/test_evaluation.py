@@ -52,7 +52,7 @@ def evaluate(harness):
 
 
 def test_the_command_scores_what_was_learned(tmp_path):
-    """`lm_eval run --model hf` with the chat template: the toy gives, and prefers, the answers it learned."""
+    """`lm_eval run --model hf` with the chat template: the answers that it learned are given, and preferred."""
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", MODEL, "--include_path", str(TASKS)]
     options = ["--tasks", "tiny_answers,tiny_choices", "--apply_chat_template", "--batch_size", "8", "--limit", "16"]
     where = ["--device", "cpu", "--output_path", str(tmp_path / "out.json")]

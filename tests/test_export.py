@@ -24,7 +24,6 @@ ODD = [
 @pytest.fixture(scope="module")
 def to_glm():
     """The script as a module."""
-    sys.path.append(str(ROOT / "export"))
     import to_glm
 
     return to_glm
@@ -40,7 +39,7 @@ def glm_folder(to_glm, tmp_path_factory):
 
 @pytest.fixture
 def save(tmp_path):
-    """A function that saves a model as a source folder, with the toy's tokenizer."""
+    """A function that saves a model as a source folder, with the tiny checkpoint's tokenizer."""
 
     def run(model, name="source"):
         folder = tmp_path / name
@@ -98,10 +97,10 @@ def test_every_variant_that_glm_has_gives_the_same_logits(to_glm, make_model, sa
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"rmsnorm": False}, "rmsnorm=False: GLM has RMSNorm alone"),
+        ({"rmsnorm": False}, "rmsnorm=False: GLM has only RMSNorm"),
         ({"post_layer_norm": False}, "post_layer_norm=False: GLM always has a last norm"),
         ({"apply_residual_connection_post_layernorm": True}, "the residual before the norm"),
-        ({"add_bias_linear": True}, "add_bias_linear=True: GLM has biases on query, key and value alone"),
+        ({"add_bias_linear": True}, "add_bias_linear=True: GLM has biases only on query, key and value"),
         ({"fp32_residual_connection": True}, "fp32_residual_connection=True: GLM adds in the weights' dtype"),
         ({"pre_seq_len": 4}, "pre_seq_len=4: GLM has no P-Tuning prefix"),
         ({"pre_seq_len": 4, "rmsnorm": False}, "(?s)rmsnorm=False.*pre_seq_len=4"),
@@ -160,7 +159,7 @@ def test_a_wrong_folder_is_refused(to_glm, make_model, save, glm_folder, tmp_pat
     with pytest.raises(ValueError, match="lacks 1 tensors.*transformer.output_layer.weight"):
         to_glm.export(source, tmp_path / "glm")
     save_file({**state, "classifier_head.weight": torch.ones(2, 64)}, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="holds tensors that GLM has no place for.*classifier_head.weight"):
+    with pytest.raises(ValueError, match="holds tensors that GLM does not have.*classifier_head.weight"):
         to_glm.export(source, tmp_path / "glm")
 
 
@@ -230,7 +229,7 @@ def test_the_released_tokenizer(to_glm, tmp_path):
 
 
 @torch.no_grad()
-def test_the_toy_answers_as_before(glm_folder, no_remote_code, tiny_model, tokenizer):
+def test_the_tiny_checkpoint_answers_as_before(glm_folder, no_remote_code, tiny_model, tokenizer):
     """Loaded by the Auto classes without remote code, it answers every dialogue's first round with our very ids."""
     glm, fast = no_remote_code(glm_folder)
     rounds = [json.loads(line)["turns"][0] for line in open(TINY / "dialogues.jsonl", encoding="utf-8")]

@@ -7,14 +7,15 @@ import os
 import subprocess
 import sys
 
+import checkpoints
+import data
 import pytest
 import torch
+import train
 from conftest import ROOT, TINY
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 FOLDER = ROOT / "finetune"
-sys.path.insert(0, str(FOLDER))
-checkpoints, data, train = (importlib.import_module(name) for name in ("checkpoints", "data", "train"))
 
 pytestmark = pytest.mark.needs_transformers("4.57.0", "the Trainer that the scripts were written for")
 
@@ -83,22 +84,22 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
 @pytest.mark.parametrize(
     "columns, line, message",
     [
-        (COLUMNS, '{"prompt": "a", ', "is no JSON .* one object a line"),
-        (COLUMNS, '["a", "b"]', r"\['a', 'b'\] is no JSON object"),
+        (COLUMNS, '{"prompt": "a", ', "is not JSON .* one object per line"),
+        (COLUMNS, '["a", "b"]', r"\['a', 'b'\] is not a JSON object"),
         (COLUMNS, {"prompt": "a", "answer": "b", "history": []}, "no column 'response', only 'prompt', 'answer'"),
-        (COLUMNS, {"prompt": "a", "response": "  ", "history": []}, "response is '  ': give a text"),
-        (COLUMNS, {"prompt": 3, "response": "b", "history": []}, "prompt is 3: give a text"),
+        (COLUMNS, {"prompt": "a", "response": "  ", "history": []}, "response is '  ': give a non-empty string"),
+        (COLUMNS, {"prompt": 3, "response": "b", "history": []}, "prompt is 3: give a non-empty string"),
         (COLUMNS, {"prompt": "a", "response": "b", "history": "c"}, "history is 'c': give a list"),
         (COLUMNS, {"prompt": "a", "response": "b", "history": [["c"]]}, r"history\[0\] is \['c'\]: give \[query"),
         ({}, {"prompt": "a"}, "no column 'messages', only 'prompt'"),
         ({}, {"messages": []}, r"messages is \[\]: give a list of messages"),
         ({}, {"messages": [USER, "b"]}, r"messages\[1\] is 'b': give an object with role and content"),
-        ({}, {"messages": [USER, USER]}, r"messages\[1\] has the role 'user' where 'assistant' is due"),
-        ({}, {"messages": [ASSISTANT]}, r"messages\[0\] has the role 'assistant' where 'user' is due"),
+        ({}, {"messages": [USER, USER]}, r"messages\[1\] has the role 'user' where 'assistant' is expected"),
+        ({}, {"messages": [ASSISTANT]}, r"messages\[0\] has the role 'assistant' where 'user' is expected"),
         ({}, {"messages": [USER, {"role": "tool", "content": "b"}]}, r"messages\[1\] has the role 'tool'"),
         ({}, {"messages": [USER, ASSISTANT, USER]}, "the last message is not the assistant's"),
         ({}, {"messages": [USER, {"role": "assistant", "content": ""}]}, r"messages\[1\]\['content'\] is '': give"),
-        ({}, b"\xff\xfe{}", "byte 0 is no UTF-8"),
+        ({}, b"\xff\xfe{}", "byte 0 is not UTF-8"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, columns, line, message):
@@ -116,7 +117,7 @@ def test_a_bad_line_is_named(tmp_path, columns, line, message):
 
 @pytest.fixture(scope="module")
 def dialogue(tmp_path_factory):
-    """A file with one dialogue that the toy does not know."""
+    """A file with one dialogue that the tiny checkpoint does not know."""
     file = tmp_path_factory.mktemp("data") / "new.jsonl"
     messages = [{"role": "user", "content": QUERY}, {"role": "assistant", "content": ANSWER}]
     file.write_text(json.dumps({"messages": messages}) + "\n")
@@ -141,7 +142,7 @@ def answer(model, tokenizer, query=QUERY, history=None):
     return model.eval().chat(tokenizer, query, history, do_sample=False, max_new_tokens=30)[0]
 
 
-def test_the_toy_does_not_know_the_dialogue(tiny_model, tokenizer):
+def test_the_tiny_checkpoint_does_not_know_the_dialogue(tiny_model, tokenizer):
     assert answer(tiny_model, tokenizer) != ANSWER
 
 
@@ -180,7 +181,7 @@ def test_each_method_learns_a_new_dialogue(method, dialogue, tmp_path, tokenizer
         assert bits == {"int4": 4, "int8": 8}.get(method.split()[-1], 0)
         dense = trainer.model.get_submodule(next(n for n, _ in trainer.model.named_modules() if n.endswith("dense")))
         assert getattr(dense, "base_layer", dense).weight.dtype == (torch.int8 if bits else torch.float32)
-        model = checkpoints.load_finetuned(TINY, tmp_path / "out", torch.float32, bits)
+        model = checkpoints.load_model(TINY, torch.float32, bits, tmp_path / "out")
     assert answer(model, tokenizer) == ANSWER
 
 
@@ -249,7 +250,7 @@ def test_the_original_loads_our_prefix(projection, dialogue, tmp_path):
     start = "transformer.prefix_encoder."
     assert all(name.startswith(start) for name in state) and not (tmp_path / "config.json").exists()
     model.transformer.prefix_encoder.load_state_dict({name[len(start) :]: value for name, value in state.items()})
-    ours = checkpoints.load_finetuned(TINY, tmp_path, model.dtype)
+    ours = checkpoints.load_model(TINY, model.dtype, checkpoint=tmp_path)
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(model.eval()(ids).logits, ours.eval()(ids).logits)
 
@@ -262,7 +263,7 @@ def test_we_load_the_originals_prefix(file, dialogue, tmp_path):
     weight = torch.randn(7, 4 * 2 * 2 * 32, dtype=torch.float16)
     state = {"transformer.prefix_encoder.embedding.weight": weight, "transformer.other.weight": torch.ones(2)}
     torch.save(state, tmp_path / file) if file.endswith("bin") else save_file(state, tmp_path / file)
-    model = checkpoints.load_finetuned(TINY, tmp_path, torch.float32)
+    model = checkpoints.load_model(TINY, torch.float32, checkpoint=tmp_path)
     assert model.config.pre_seq_len == 7 and not model.config.prefix_projection
     assert torch.equal(model.transformer.prefix_encoder.embedding.weight, weight.float())
     trainer, _ = prepare(dialogue, tmp_path / "out", "--ptuning_checkpoint", str(tmp_path))
@@ -272,10 +273,10 @@ def test_we_load_the_originals_prefix(file, dialogue, tmp_path):
 def test_a_folder_without_a_prefix_is_named(tmp_path):
     """Nothing there, or other weights."""
     with pytest.raises(ValueError, match="holds neither pytorch_model.bin nor model.safetensors"):
-        checkpoints.load_finetuned(TINY, tmp_path, torch.float32)
+        checkpoints.load_model(TINY, torch.float32, checkpoint=tmp_path)
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds no transformer.prefix_encoder.embedding.weight"):
-        checkpoints.load_finetuned(TINY, tmp_path, torch.float32)
+        checkpoints.load_model(TINY, torch.float32, checkpoint=tmp_path)
 
 
 def test_a_merged_adapter_is_a_plain_model(dialogue, tmp_path, tokenizer):
@@ -283,8 +284,8 @@ def test_a_merged_adapter_is_a_plain_model(dialogue, tmp_path, tokenizer):
     pytest.importorskip("peft")
     trainer, _ = prepare(dialogue, tmp_path / "lora", *METHODS["lora"], "--save_strategy", "no")
     train.train(trainer)
-    model = checkpoints.load_finetuned(TINY, tmp_path / "lora", torch.float32).merge_and_unload()
-    checkpoints.take_code_along(model, tokenizer)
+    model = checkpoints.load_model(TINY, torch.float32, checkpoint=tmp_path / "lora").merge_and_unload()
+    checkpoints.include_code(model, tokenizer)
     model.save_pretrained(tmp_path / "merged")
     merged = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True)
     assert type(merged.transformer.encoder.layers[0].mlp.dense_h_to_4h) is torch.nn.Linear
@@ -303,8 +304,8 @@ def test_a_merged_adapter_is_a_plain_model(dialogue, tmp_path, tokenizer):
         (["--prompt_column", "prompt"], "give prompt_column and response_column"),
         (["--max_source_length", "2"], "max_source_length=2, .*give at least 3"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere is no folder"),
-        (["--model_name_or_path", "nowhere"], "nowhere holds no config.json"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is not a directory"),
+        (["--model_name_or_path", "nowhere"], "nowhere is not a directory"),
     ],
 )
 def test_wrong_arguments_are_refused_before_work(arguments, message, dialogue, tmp_path, monkeypatch):
@@ -316,7 +317,7 @@ def test_wrong_arguments_are_refused_before_work(arguments, message, dialogue, t
 
 def test_a_folder_with_checkpoints_is_not_mixed_with_another_run(dialogue, tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: go on with --resume_from_checkpoint"):
+    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: continue with --resume_from"):
         prepare(dialogue, tmp_path, *PREFIX)
 
 
@@ -324,7 +325,7 @@ def test_an_example_longer_than_the_model_is_named(tmp_path):
     file = tmp_path / "long.jsonl"
     messages = [{"role": "user", "content": "冰" * 900}, {"role": "assistant", "content": "水" * 900}]
     file.write_text(json.dumps({"messages": messages}))
-    with pytest.raises(ValueError, match=r"long.jsonl, line 1: \d+ tokens pass seq_length=1024"):
+    with pytest.raises(ValueError, match=r"long.jsonl, line 1: \d+ tokens exceed seq_length=1024"):
         prepare(file, tmp_path / "out", *PREFIX)
 
 
@@ -349,7 +350,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(dialogue, tmp_path):
 
 def run(script, *arguments, text=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(FOLDER / script), *arguments]
+    command = [sys.executable, str(ROOT / script), *arguments]
     return subprocess.run(command, input=text, capture_output=True, encoding="utf-8", env=environment, timeout=300)
 
 
@@ -359,7 +360,6 @@ def run(script, *arguments, text=None):
 )
 def test_what_trl_offers_and_sft_has_not_is_refused(option, tmp_path):
     """Nothing of TRL's arguments is passed over in silence: the option is named, before the model is loaded."""
-    sys.path.append(str(FOLDER))
     import sft
 
     arguments = ["--model_name_or_path", str(TINY), "--train_file", str(FOLDER / "messages.jsonl"), "--use_cpu"]
@@ -369,14 +369,14 @@ def test_what_trl_offers_and_sft_has_not_is_refused(option, tmp_path):
 
 @pytest.mark.tools
 def test_the_scripts_as_a_user_runs_them(tmp_path):
-    """train.py shows a bar and says what it did; chat.py gives the answer."""
+    """train.py shows a bar and says what it did; cli_demo.py gives the answer."""
     output = str(tmp_path / "out")
     common = ["--use_cpu", "--output_dir", output, *LORA, "--max_steps", "20", "--save_strategy", "no"]
-    done = run("train.py", "--train_file", str(FOLDER / "messages.jsonl"), *common)
+    done = run("finetune/train.py", "--train_file", str(FOLDER / "messages.jsonl"), *common)
     assert done.returncode == 0, done.stderr
     assert "messages.jsonl: 3 answers, 141 tokens, the longest example 69; cut: 0 prompts, 0 answers" in done.stdout
     assert "lora: 114,688 parameters are trained" in done.stdout and "20/20" in done.stderr
-    done = run("chat.py", "--checkpoint", output, "--temperature", "0", "--device", "cpu", text=f"{QUERY}\n")
+    done = run("demos/cli_demo.py", "--checkpoint", output, "--temperature", "0", "--device", "cpu", text=f"{QUERY}\n")
     assert done.stdout == f"{ANSWER}\n", done.stderr
 
 
@@ -412,10 +412,10 @@ def test_sft_trainer_learns_from_messages(peft, tmp_path, tokenizer):
     output = str(tmp_path / "out")
     how = ["--use_peft", "--lora_r", "8", "--learning_rate", "5e-3"] if peft else ["--learning_rate", "1e-3"]
     common = ["--model_name_or_path", str(TINY), "--train_file", str(FOLDER / "messages.jsonl"), "--use_cpu"]
-    done = run("sft.py", *common, "--output_dir", output, *how, "--max_steps", "40" if peft else "20")
+    done = run("finetune/sft.py", *common, "--output_dir", output, *how, "--max_steps", "40" if peft else "20")
     assert done.returncode == 0, done.stderr
     if peft:
-        model = checkpoints.load_finetuned(TINY, output, torch.float32)
+        model = checkpoints.load_model(TINY, torch.float32, checkpoint=output)
     else:
         model = AutoModel.from_pretrained(output, trust_remote_code=True)
     assert answer(model, tokenizer) == ANSWER

@@ -6,13 +6,12 @@ LLAMA_CPP is a folder of llama.cpp's source, for its converter; the server comes
 import json
 import os
 import shutil
-import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 
 pytestmark = pytest.mark.tools
 
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.tools
 @pytest.fixture(scope="module")
 def to_gguf():
     """The script as a module."""
-    sys.path.append(str(ROOT / "export"))
     import to_gguf
 
     return to_gguf
@@ -65,7 +63,7 @@ def serve():
 @pytest.fixture(scope="module")
 def ask(to_gguf, llama_cpp, serve, tmp_path_factory):
     """The server on the carried checkpoint, converted."""
-    file = tmp_path_factory.mktemp("gguf") / "toy.gguf"
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     assert to_gguf.export(TINY, file, llama_cpp, "f32") == ""
     return serve(file)
 
@@ -89,7 +87,7 @@ def completion(ask, ids):
 
 
 def test_greedy_ids_are_ours(ask, tiny_model, tokenizer):
-    """Of 20 dialogues' prompts, and of 20 that the toy has not learned."""
+    """Of 20 dialogues' prompts, and of 20 that it has not learned."""
     for rounds in dialogues()[::10]:
         for query in (rounds[0][0], rounds[0][0][::-1]):
             prompt = tokenizer.build_prompt(query)
@@ -130,9 +128,9 @@ def test_longer_contexts(to_gguf, llama_cpp, serve, tiny_model, tokenizer, tmp_p
     values = {**json.loads((TINY / "config.json").read_text()), "rope_ratio": 2.0, "rope_ratio_type": kind}
     (source / "config.json").write_text(json.dumps(values))
     model = ChatGLMForConditionalGeneration.from_pretrained(source).float().eval()
-    options = to_gguf.export(source, tmp_path / "toy.gguf", llama_cpp, "f32")
+    options = to_gguf.export(source, tmp_path / "tiny.gguf", llama_cpp, "f32")
     assert options == {"linear": "--rope-scaling linear --rope-scale 2", "base": ""}[kind]
-    ask = serve(tmp_path / "toy.gguf", **({"rope_freq_scale": 0.5} if options else {}))
+    ask = serve(tmp_path / "tiny.gguf", **({"rope_freq_scale": 0.5} if options else {}))
     changed = 0
     for rounds in dialogues()[::40]:
         prompt = tokenizer.build_prompt(rounds[0][0])
@@ -155,11 +153,11 @@ def test_what_llama_cpp_cannot_express_is_refused(to_gguf, llama_cpp, tmp_path, 
     values = {**json.loads((TINY / "config.json").read_text()), **changes}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
-        to_gguf.export(tmp_path, tmp_path / "toy.gguf", llama_cpp)
+        to_gguf.export(tmp_path, tmp_path / "tiny.gguf", llama_cpp)
 
 
 def test_a_wrong_folder_is_refused(to_gguf, llama_cpp, tmp_path):
     with pytest.raises(ValueError, match="has no convert_hf_to_gguf.py. Give --llama-cpp"):
-        to_gguf.export(TINY, tmp_path / "toy.gguf", tmp_path)
-    with pytest.raises(ValueError, match="is there already"):
+        to_gguf.export(TINY, tmp_path / "tiny.gguf", tmp_path)
+    with pytest.raises(ValueError, match="already exists"):
         to_gguf.export(TINY, TINY / "config.json", llama_cpp)

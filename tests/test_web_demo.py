@@ -1,4 +1,4 @@
-"""web_demo.py in a real browser. `python tests/test_web_demo.py` makes docs/web_demo.png, the README's picture."""
+"""demos/web_demo.py in a real browser. `python tests/test_web_demo.py` writes docs/web_demo.png."""
 
 import json
 import os
@@ -31,9 +31,9 @@ FLAGS = (
 
 @contextmanager
 def command():
-    """The address of `python web_demo.py`, run as a person runs it."""
+    """The address of `python demos/web_demo.py`, run as a person runs it."""
     port = free_port()
-    arguments = [str(ROOT / "web_demo.py"), "--device", "cpu", "--temperature", "0", "--port", str(port)]
+    arguments = [str(ROOT / "demos" / "web_demo.py"), "--device", "cpu", "--temperature", "0", "--port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
@@ -146,9 +146,8 @@ class Slow(LogitsProcessor):
 
 
 @pytest.fixture
-def serve(tiny_model, tokenizer, monkeypatch):
+def serve(tiny_model, tokenizer):
     """A factory of pages served from this process, by a model that is slow and whose steps and calls can be counted."""
-    monkeypatch.syspath_prepend(str(ROOT))
     import web_demo
 
     pages = []

@@ -1,4 +1,4 @@
-"""The toy checkpoint's dialogues as data of lm-evaluation-harness; nothing is downloaded."""
+"""The tiny checkpoint's dialogues as tasks of lm-evaluation-harness; nothing is downloaded."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ DIALOGUES = Path(__file__).resolve().parent.parent.parent / "examples" / "tiny" 
 
 
 def load(**kwargs):
-    """{"test": rows}: the first round of every dialogue, with its answer among those of the three that follow."""
+    """{"test": rows}: the first round of every dialogue; the choices are its answer and those of the next three."""
     lines = DIALOGUES.read_text(encoding="utf-8").splitlines()
     rounds = [json.loads(line)["turns"][0] for line in lines]
     rows = []

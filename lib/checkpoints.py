@@ -1,0 +1,97 @@
+"""Folders of weights, of LoRA adapters and of P-Tuning prefixes, loaded by the code of this checkout.
+
+A prefix is stored as the original stored it: `pytorch_model.bin` with the keys `transformer.prefix_encoder.*` alone.
+Its length, and whether an MLP makes it, are read from the shapes of its tensors.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.tokenization_chatglm import ChatGLMTokenizer
+from chatglm2.transformers_compat import VERSION
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "examples" / "tiny"
+PREFIX_FILE, PREFIX = "pytorch_model.bin", "transformer.prefix_encoder."
+
+
+def load_config(folder):
+    """The config in `folder`. Raises ValueError if it is not a folder of weights."""
+    if not (Path(folder) / "config.json").is_file():
+        what = "has no config.json" if Path(folder).is_dir() else "is not a directory"
+        raise ValueError(f"{folder} {what}: give the folder with config.json, weights and tokenizer.model.")
+    return ChatGLMConfig.from_pretrained(folder)
+
+
+def load_tokenizer(folder):
+    """The tokenizer in `folder`, with the chat template of this repository if the folder has none."""
+    load_config(folder)
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    if getattr(tokenizer, "chat_template", None) is None:
+        tokenizer.chat_template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(folder, dtype, bits=0, checkpoint=None, **config_changes):
+    """The weights in `folder` in `dtype`, quantized to `bits` while they load.
+
+    `checkpoint` is the folder of a LoRA adapter or of a prefix that was trained on these weights.
+    """
+    adapter = checkpoint and (Path(checkpoint) / "adapter_config.json").is_file()
+    prefix = None
+    if checkpoint and not adapter:
+        prefix, config_changes = read_prefix(checkpoint)
+    config = load_config(folder)
+    config.update(config_changes)
+    early = bits and VERSION >= (4, 55)  # earlier releases quantize afterwards; delete with 4.54
+    options = {"quantization_config": {"quant_method": "chatglm", "bits": bits}} if early else {}
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder, config=config, torch_dtype=dtype, **options)
+    if not early:
+        model.quantize(bits)
+    if prefix:
+        model.transformer.prefix_encoder.load_state_dict(prefix)
+    if adapter:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, checkpoint)
+    return model
+
+
+def include_code(model, tokenizer):
+    """Let save_pretrained write the code beside the weights, so that the new folder needs nothing else."""
+    type(model).register_for_auto_class("AutoModel")
+    type(tokenizer).register_for_auto_class("AutoTokenizer")
+    model.config.auto_map = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))["auto_map"]
+
+
+def save_prefix(model, folder, state_dict=None):
+    """Write the prefix of `model`; `state_dict` is the model's, if a distributed run has gathered it."""
+    if state_dict is None:
+        state_dict = model.transformer.prefix_encoder.state_dict(prefix=PREFIX)
+    prefix = {name: value.cpu() for name, value in state_dict.items() if name.startswith(PREFIX)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.save(prefix, Path(folder) / PREFIX_FILE)
+
+
+def read_prefix(folder):
+    """(the prefix encoder's state dict, its part of the config) of a checkpoint of this or of the original's script.
+
+    Raises:
+        ValueError: `folder` holds no prefix.
+    """
+    path = Path(folder) / PREFIX_FILE
+    if path.is_file():
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    elif (path := path.with_name("model.safetensors")).is_file():  # the original's Trainer from transformers 4.35 on
+        tensors = load_file(path)
+    else:
+        raise ValueError(f"{folder} holds neither {PREFIX_FILE} nor model.safetensors: give what training wrote.")
+    state = {name[len(PREFIX) :]: value for name, value in tensors.items() if name.startswith(PREFIX)}
+    if "embedding.weight" not in state:
+        raise ValueError(f"{path} holds no {PREFIX}embedding.weight: give a P-Tuning checkpoint.")
+    projected = any(name.startswith("trans.") for name in state)
+    return state, {"pre_seq_len": len(state["embedding.weight"]), "prefix_projection": projected}

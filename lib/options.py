@@ -1,0 +1,72 @@
+"""The command-line options about a model, and the model that they stand for; shared by the demos and the evaluation."""
+
+import argparse
+
+import torch
+from checkpoints import TINY, load_config, load_model, load_tokenizer
+from transformers.utils import logging
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def model_parser(description):
+    """A parser of the options about the model: which weights, on which device, in which precision."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=str(TINY), help="folder with weights and tokenizer.model (default: the tiny checkpoint)")
+    add("--checkpoint", help="folder with the LoRA adapter or P-Tuning prefix that was trained on these weights")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="auto: float16, as released; bfloat16 on a CPU, if not quantized",
+    )
+    add("--quantize", type=int, default=0, choices=[0, 4, 8], help="quantize the weights to this many bits")
+    return parser
+
+
+def chat_parser(description):
+    """`model_parser` with the sampling options."""
+    parser = model_parser(description)
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, help="maximum length of an answer (default: what fits)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy decoding (default: 0.8)")
+    add("--top-p", type=float, default=0.8, help="sample from the most likely tokens up to this probability")
+    return parser
+
+
+def sampling(args):
+    """These options as arguments of stream_chat."""
+    settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
+    if args.max_new_tokens is not None:
+        settings["max_new_tokens"] = args.max_new_tokens
+    return settings
+
+
+def choose_device(name):
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load(args):
+    """(model, tokenizer) of the options."""
+    device, dtype = choose_device(args.device), DTYPES.get(args.dtype)
+    if dtype is None:  # on a CPU, torch's float16 matrix products are ten times slower than those in bfloat16
+        quantized = args.quantize or load_config(args.model).quantization_bit
+        dtype = torch.bfloat16 if device.type == "cpu" and not quantized else torch.float16
+    tokenizer = load_tokenizer(args.model)
+    return load_model(args.model, dtype, args.quantize, args.checkpoint).to(device).eval(), tokenizer
+
+
+def load_or_exit(args):
+    """`load`, where an error of the folder or the device is a SystemExit of one message."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return load(args)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise SystemExit(f"{args.model} on {args.device}: {error}") from None
