@@ -1,4 +1,4 @@
-"""`python benchmarks gpu`, the run for a borrowed GPU, in tiny shapes on a CPU: a typo must not cost time on a card."""
+"""`python benchmarks gpu`, the run for a rented GPU, in tiny shapes on a CPU: a typo must not cost time on a card."""
 
 import json
 import os
