@@ -473,7 +473,7 @@ def test_what_does_not_go_with_a_prefix_is_refused(make_model):
     try:
         chunked = model.generate(ids, prefill_chunk_size=4, past_key_values=DynamicCache(), **settings)
     except ValueError as error:
-        assert "prefill_chunk_size does not go with the prefix" in str(error)
+        assert "prefill_chunk_size does not work with a P-Tuning prefix" in str(error)
     else:
         assert torch.equal(chunked, model.generate(ids, **settings))
 
@@ -588,15 +588,15 @@ def test_impossible_configurations_are_refused(make_config, changes, message):
 def test_bad_inputs_are_named(make_model):
     """Ids out of range, a mask of the wrong length, both or neither kind of input: one clear message each."""
     model, ids = make_model(), some_ids()
-    with pytest.raises(ValueError, match="hold 3 to 320, and the vocabulary has the ids 0 to 319"):
+    with pytest.raises(ValueError, match="range from 3 to 320, but the vocabulary has ids 0 to 319"):
         model(input_ids=torch.tensor([[3, 320]]))
     cache = DynamicCache()
     logits(model, ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="1 columns, and 12 cached tokens with 1 new ones make 13"):
+    with pytest.raises(ValueError, match="1 columns, but there are 12 cached and 1 new tokens.*13 columns"):
         model(input_ids=ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="leave logits_to_keep at 0"):
+    with pytest.raises(ValueError, match="set logits_to_keep=0"):
         model(input_ids=ids, labels=ids, logits_to_keep=1)
 
 

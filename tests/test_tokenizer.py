@@ -113,7 +113,7 @@ def test_vocabulary_names_every_id_once(tokenizer):
     assert sorted(vocab.values()) == list(range(tokenizer.vocab_size)) and len(tokenizer) == tokenizer.vocab_size
     for token in ("[gMASK]", "sop", "</s>", "<0x0A>"):
         assert tokenizer.convert_tokens_to_ids(token) == vocab[token]
-    with pytest.raises(ValueError, match=r"'\[NONE\]' is not a command. Give one of \[MASK\]"):
+    with pytest.raises(ValueError, match=r"'\[NONE\]' is not a command: use one of \[MASK\]"):
         tokenizer.get_command("[NONE]")
 
 

@@ -215,7 +215,7 @@ def test_errors_are_shown_and_the_conversation_stays(server, open_chat):
     chat.shows(SUN[0])
     too_long = "sun " * 1100
     chat.ask(too_long)
-    toast.get_by_text("pass seq_length=1024").wait_for()
+    toast.get_by_text("exceed seq_length=1024").wait_for()
     chat.wait_until_ready()
     assert chat.texts("bot") == [SUN[0][1]] and "Traceback" not in chat.page.locator("body").inner_text()
     chat.page.get_by_label("Edit", exact=True).last.click()
