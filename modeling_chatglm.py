@@ -317,8 +317,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             first = prefix[0] if prefix else None
             mask = causal_mask(config, x, attention_mask, cache, packed, prefix=first, **step)
 
-        eager = x.is_cuda and not torch.is_grad_enabled() and not is_compiling()
-        with without_cudnn_attention() if eager else nullcontext():
+        lengths_vary = x.is_cuda and not (torch.is_grad_enabled() or is_compiling() or is_static(cache))
+        with without_cudnn_attention() if lengths_vary else nullcontext():
             x, hidden_states, attentions = self.encoder(
                 x,
                 rotary,
