@@ -66,7 +66,8 @@ def choose(backend: str, device: torch.device) -> str:
         message = f"quantized layers run slower than they could on {device}: backend {name!r} is unavailable: {reason}"
         warnings.warn(message, stacklevel=2)
     if device.type not in {*FAMILIES.values(), "meta"}:
-        warnings.warn(f"no kernel runs on {device}: quantized layers restore their weights and multiply, which is slow")
+        message = f"no kernel runs on {device}: quantized layers restore their weights and multiply, which is slow"
+        warnings.warn(message, stacklevel=2)
     return "torch"
 
 
