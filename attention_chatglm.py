@@ -113,18 +113,18 @@ def causal_mask(config, x, attention_mask, cache=None, position_ids=None, cache_
         cache: the cache before the new tokens are added, or None.
         position_ids: [B, T] if a row may hold packed sequences: a new one starts where positions do not grow by 1.
         cache_position: [T] slots of the new tokens in the cache, which transformers before 5.4 needs.
-        prefix: (key, value) of the P-Tuning prefix in the first layer, (B, G, P, D), if no cache holds it.
+        prefix: (key, value) of the P-Tuning prefix for each layer, (B, G, P, D), if no cache holds it.
 
     Returns:
         For eager and sdpa: boolean [B or 1, 1, T, S], True where a query may attend, or None for a plain causal mask.
     """
-    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
-        return attention_mask
+    if is_paged(cache) or attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
+        return attention_mask  # built by continuous batching or by the caller
     if attention_name(config) not in OWN_ATTENTION:
         return transformers_causal_mask(config, x, attention_mask, cache, position_ids, cache_position, prefix)
 
     T, device = x.shape[1], x.device
-    prefix_length = 0 if prefix is None else prefix[0].shape[2]
+    prefix_length = prefix[0][0].shape[2] if prefix else 0
     seen, size = (prefix_length, prefix_length + T) if cache is None else cache_size(cache, T)
     # A static cache has unused slots; its `seen` is a tensor in most releases
     fixed = cache is not None and size != seen + T if isinstance(seen, int) else True

@@ -257,9 +257,9 @@ def transformers_causal_mask(config, x, attention_mask, cache, position_ids, cac
         raise ValueError(f"attn_implementation={name!r} needs transformers 4.53: upgrade, or use 'sdpa'.")
     from transformers.masking_utils import create_causal_mask
 
-    if cache is None and prefix is not None:
+    if cache is None and prefix:
         cache = DynamicCache()
-        cache.update(*prefix, 0)
+        cache.update(*prefix[0], 0)
     known = {"config": config, "attention_mask": attention_mask, CACHE: cache, "position_ids": position_ids}
     if VERSION < (5, 4):
         known.update(cache_kwargs(cache, x.shape[1], x.device, cache_position))

@@ -60,7 +60,7 @@ def test_output_attentions_requires_eager(make_model):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_sequences_are_independent(make_model, attention):
     """Without a cache, as in training. With one, positions may jump, as in the original."""
-    model, ids = make_model(attention=attention), some_ids()
+    model, ids = make_model(attention=attention), some_ids(rows=1, length=9)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     packed = model(ids, position_ids=positions, use_cache=False).logits
     apart = torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], dim=1)
