@@ -1,9 +1,9 @@
-"""Attention behind one signature, and the causal mask that goes with it.
+"""Attention functions with one signature, and the causal mask for them.
 
-Shapes: B batch, T new tokens, S cached and new tokens, H query heads, G key/value groups, D channels of a head.
+Shapes: B batch size, T new tokens, S cached and new tokens, H query heads, G key/value groups, D head size.
 
-`eager` and `sdpa` are the package's own, and so is their mask. Any other `attn_implementation` is transformers', with
-the mask that transformers makes for it.
+`eager` and `sdpa` are implemented here, with their mask. Any other `attn_implementation`, and its mask, comes from
+transformers.
 """
 
 from functools import partial
@@ -12,18 +12,24 @@ import torch
 import torch.nn.functional as F
 
 from .torch_compat import is_compiling
-from .transformers_compat import ALL_ATTENTION_FUNCTIONS, attention_name, cache_size, is_paged, their_causal_mask
+from .transformers_compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    attention_name,
+    cache_size,
+    is_paged,
+    transformers_causal_mask,
+)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
-    """The reference in plain torch; the only one that returns the weights.
+    """Reference implementation in plain torch; the only one that returns attention weights.
 
     Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask (B, 1, T, S), boolean, True where a query may
-        look, or additive; None for causal. Returns: output (B, T, H, D), weights (B, H, T, S).
+        attend, or additive; None for causal. Returns: output (B, T, H, D), weights (B, H, T, S).
     """
     T = query.shape[2]
     if attention_mask is None and T > 1 and is_causal is not False:
-        key, value = key[:, :, :T], value[:, :, :T]  # an empty static cache is longer than the prompt
+        key, value = key[:, :, :T], value[:, :, :T]  # drop the unused slots of a static cache
         attention_mask = torch.ones(T, T, dtype=torch.bool, device=query.device).tril()[None, None]
     query = query.unflatten(1, (key.shape[1], -1))  # (B, G, H / G, T, D)
     scores = query @ key[:, :, None].transpose(-1, -2) * scaling  # (B, G, H / G, T, S)
@@ -40,48 +46,48 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 def sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
-    """torch's fused attention, without copying G key/value groups out to H heads.
+    """torch's fused attention, without repeating G key/value groups to H heads.
 
     Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask (B, 1, T, S), boolean, True where a query may
-        look, or additive; None for causal. scaling is torch's own, D^-0.5. Returns: output (B, T, H, D), None.
+        attend, or additive; None for causal. scaling is torch's default, D^-0.5. Returns: output (B, T, H, D), None.
     """
     dtype = query.dtype
-    if dtype == torch.float16 and query.device.type == "cpu":  # there torch's attention takes twice as long in float16
+    if dtype == torch.float16 and query.device.type == "cpu":  # torch takes twice as long in float16
         query, key, value = query.float(), key.float(), value.float()
-    if attention_mask is not None and attention_mask.is_floating_point():  # a caller's own, of four dimensions
+    if attention_mask is not None and attention_mask.is_floating_point():  # a 4D mask from the caller
         attention_mask = attention_mask.to(query.dtype)
     T, group_size = query.shape[2], query.shape[1] // key.shape[1]
     causal = attention_mask is None and T > 1 and is_causal is not False
     if causal:
-        key, value = key[:, :, :T], value[:, :, :T]  # an empty static cache is longer than the prompt
+        key, value = key[:, :, :T], value[:, :, :T]  # drop the unused slots of a static cache
     attend = partial(F.scaled_dot_product_attention, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal)
     if group_size == 1:
         output = attend(query, key, value).transpose(1, 2)
-    elif T == 1:  # one new token: a group's query heads are the rows of one small matrix
+    elif T == 1:  # one new token: the query heads of a group become the rows of one matrix
         output = attend(query.reshape(*key.shape[:2], group_size, -1), key, value).flatten(1, 2)[:, None]
-    else:  # a group at a time; its query heads see the one key and value through a stride of 0
+    else:  # one group at a time; expand() shares its key and value with all query heads, without a copy
         groups = zip(query.split(group_size, 1), key.split(1, 1), value.split(1, 1))
         output = torch.cat([attend(q, k.expand(-1, group_size, -1, -1), v.expand(-1, group_size, -1, -1))
                             .transpose(1, 2) for q, k, v in groups], dim=2)  # fmt: skip
     return output.to(dtype), None
 
 
-# what `forward` hands on to the attention function
+# keyword arguments that `forward` passes to the attention function
 KEYWORDS = {"is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 OWN_ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
 
 
 def check_arguments(cache, kwargs):
-    """Refuse what `forward` got beyond its own arguments, and that no attention function knows either.
+    """Reject extra keyword arguments of `forward` that no attention function takes.
 
-    Continuous batching, whose cache is a paged one, may have more to say to its own attention functions.
+    With the paged cache of continuous batching, any are allowed: transformers' attention functions take more.
 
     Raises:
         TypeError: an unknown keyword. ValueError: a cache of tuples.
     """
     if isinstance(cache, (tuple, list)):
         raise ValueError(
-            f"The cache is a {type(cache).__name__} of tensors: give a transformers.DynamicCache, or none."
+            f"The cache is a {type(cache).__name__} of tensors: pass a transformers.DynamicCache, or None."
         )
     unknown = [] if is_paged(cache) else [repr(name) for name in kwargs if name not in KEYWORDS]
     if unknown:
@@ -89,56 +95,57 @@ def check_arguments(cache, kwargs):
 
 
 def choose_attention(config, paged=False):
-    """The attention function that `attn_implementation` names.
+    """Return the attention function for `attn_implementation`.
 
-    With the paged cache of continuous batching (`paged`) it is always transformers', which reads that cache.
+    With the paged cache of continuous batching (`paged`) it always comes from transformers, which can read that cache.
     """
     name = attention_name(config)
     return (None if paged else OWN_ATTENTION.get(name)) or ALL_ATTENTION_FUNCTIONS[name]
 
 
 def causal_mask(config, x, attention_mask, cache=None, position_ids=None, cache_position=None, prefix=None):
-    """What the chosen attention function takes for its mask.
+    """Build the mask for the chosen attention function.
 
     Args:
-        x: (B, T, C) new tokens; only the shape, the dtype and the device are used.
-        attention_mask: 1 for real tokens, 0 for padding, [B, S]; None where all are real. A mask of four dimensions
-            is returned as it is.
-        cache: the cache before the new tokens are in it, or None.
-        position_ids: [B, T] where sequences may be packed in one row: one ends where positions do not go up by 1.
-        cache_position: [T] places of the new tokens, which releases before 5.4 ask for.
-        prefix: the layers' (key, value) of P-Tuning's prefix, (B, G, P, D), where no cache holds it.
+        x: (B, T, C) new tokens; only shape, dtype and device are used.
+        attention_mask: [B, S], 1 for real tokens, 0 for padding; None if there is no padding. A 4D mask is returned
+            unchanged.
+        cache: the cache before the new tokens are added, or None.
+        position_ids: [B, T] if a row may hold packed sequences: a new one starts where positions do not grow by 1.
+        cache_position: [T] slots of the new tokens in the cache, which transformers before 5.4 needs.
+        prefix: (key, value) of the P-Tuning prefix in each layer, (B, G, P, D), if no cache holds it.
 
     Returns:
-        For eager and sdpa boolean [B or 1, 1, T, S], True where a query may look, or None: causal without exceptions.
+        For eager and sdpa: boolean [B or 1, 1, T, S], True where a query may attend, or None for a plain causal mask.
     """
     if is_paged(cache) or attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
         return attention_mask  # made by continuous batching, or by the caller
     if attention_name(config) not in OWN_ATTENTION:
-        return their_causal_mask(config, x, attention_mask, cache, position_ids, cache_position, prefix)
+        return transformers_causal_mask(config, x, attention_mask, cache, position_ids, cache_position, prefix)
 
     T, device = x.shape[1], x.device
-    learned = prefix[0][0].shape[2] if prefix else 0
-    seen, size = (learned, learned + T) if cache is None else cache_size(cache, T)  # a static cache's is a tensor
-    fixed = cache is not None and size != seen + T if isinstance(seen, int) else True  # with places that are empty yet
+    prefix_length = prefix[0][0].shape[2] if prefix else 0
+    seen, size = (prefix_length, prefix_length + T) if cache is None else cache_size(cache, T)
+    # A static cache has unused slots; its `seen` is a tensor in most releases
+    fixed = cache is not None and size != seen + T if isinstance(seen, int) else True
     real = None if attention_mask is None else attention_mask.to(device, torch.bool)
-    asks = T > 1 and not is_compiling()  # asking a tensor for its value waits for the GPU: once a prompt, not at a step
-    if asks and real is not None and real.all():
+    may_sync = T > 1 and not is_compiling()  # reading a tensor's value waits for the GPU: for a prompt, not for a step
+    if may_sync and real is not None and real.all():
         real = None
-    if T == 1 and not fixed:  # one new token sees all that is real
-        return None if real is None else (real | ~real.any(-1, keepdim=True))[:, None, None]  # never a row of nothing
+    if T == 1 and not fixed:  # one new token attends to all real tokens
+        return None if real is None else (real | ~real.any(-1, keepdim=True))[:, None, None]  # no all-False row
     packed = None
-    if position_ids is not None and real is None and cache is None and T > 1 and not learned:
+    if position_ids is not None and real is None and cache is None and T > 1 and not prefix_length:
         packed = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)  # (B, T) sequence numbers
-        packed = packed if not asks or packed.any() else None
-    if real is None and packed is None and asks and seen == 0:
+        packed = packed if not may_sync or packed.any() else None
+    if real is None and packed is None and may_sync and seen == 0:
         return None
     place = torch.arange(size, device=device)
     query = torch.arange(T, device=device)[:, None] + seen
     mask = (place <= query)[None, None]  # (1, 1, T, S)
     if real is not None:
         real = F.pad(real, (0, size - real.shape[1]))[:, None, None]
-        mask = mask & real | (place == query)  # a query behind padding sees itself: a row of nothing gives nan
+        mask = mask & real | (place == query)  # padding attends to itself: an all-False row gives nan
     if packed is not None:
         mask = mask & (packed[:, None, :, None] == packed[:, None, None, :])
     return mask

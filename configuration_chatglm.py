@@ -1,4 +1,4 @@
-"""Configuration of ChatGLM2: every key of the released `config.json`, and the standard names that tools read."""
+"""Configuration of ChatGLM2: the keys of the released `config.json`, and the standard names of transformers."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from .transformers_compat import ConfigFallbacks, register_for_serve
 
-if TYPE_CHECKING:  # the Hugging Face loader copies the files that are imported here, and not what those import in turn
+if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
     from .torch_compat import is_compiling  # noqa: F401
 
 ROPE_RATIO_TYPES = ("linear", "base")
@@ -14,39 +14,39 @@ QUANTIZATION_BITS = (0, 4, 8)
 
 
 class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
-    """Shape and flags of a ChatGLM2 model; the defaults are those of ChatGLM2-6B.
+    """Configuration of a ChatGLM2 model; the defaults are those of ChatGLM2-6B.
 
-    The released names (left) are what is stored; the standard names of transformers (right) read and write the same
+    Values are stored under the released names (left); transformers' standard names (right) read and write the same
     values: num_layers = num_hidden_layers, ffn_hidden_size = intermediate_size, kv_channels = head_dim,
     padded_vocab_size = vocab_size, seq_length = max_position_embeddings, layernorm_epsilon = rms_norm_eps.
     `num_key_value_heads` is derived.
 
     Args:
-        num_layers: blocks.
-        padded_vocab_size: rows of the embedding and of the output layer; the tokenizer may use fewer.
-        hidden_size: C, channels of the residual stream.
-        ffn_hidden_size: channels inside the MLP, after the gate.
-        kv_channels: D, channels of one attention head.
-        num_attention_heads: H, query heads.
-        seq_length: tokens that the model was trained for; chat refuses to pass it.
-        multi_query_attention, multi_query_group_num: with True, G key/value groups serve the H query heads; with
-            False every head has its own key and value, and the rows of `query_key_value` are interleaved per head.
+        num_layers: number of blocks.
+        padded_vocab_size: V, rows of the embedding and of the output layer; the tokenizer may use fewer.
+        hidden_size: C, size of the residual stream.
+        ffn_hidden_size: size of the MLP's hidden layer, after the gate.
+        kv_channels: D, size of an attention head.
+        num_attention_heads: H, number of query heads.
+        seq_length: context length of the training; chat rejects what exceeds it.
+        multi_query_attention, multi_query_group_num: if True, G key/value groups serve the H query heads; if False,
+            every head has its own key and value, and the rows of `query_key_value` are interleaved per head.
         rmsnorm: RMSNorm if True, LayerNorm if False; layernorm_epsilon is added to the variance.
-        post_layer_norm: a last norm stands behind the blocks.
-        apply_residual_connection_post_layernorm: the residual is taken after the norm instead of before it.
-        fp32_residual_connection: the residual stream is kept in float32 whatever the weights' dtype.
+        post_layer_norm: add a final norm after the blocks.
+        apply_residual_connection_post_layernorm: take the residual after the norm instead of before it.
+        fp32_residual_connection: keep the residual stream in float32 whatever the dtype of the weights.
         add_qkv_bias: bias on `query_key_value`; add_bias_linear: bias on every linear layer of a block.
-        hidden_dropout, attention_dropout, classifier_dropout: probabilities, used while training.
-        rope_ratio, rope_ratio_type: longer contexts. "linear" (ChatGLM2-6B-32K) divides the positions by rope_ratio;
+        hidden_dropout, attention_dropout, classifier_dropout: dropout probabilities for training.
+        rope_ratio, rope_ratio_type: extend the context. "linear" (ChatGLM2-6B-32K) divides the positions by rope_ratio;
             "base" (ChatGLM3-6B-32K) multiplies the base 10000 by it.
-        pre_seq_len, prefix_projection: P-Tuning v2: the length of the learned prefix, and whether an MLP makes it.
-        quantization_bit: 4 or 8 for a checkpoint whose linear layers are quantized, else 0.
-        initializer_range: standard deviation of weights that no checkpoint gives.
+        pre_seq_len, prefix_projection: P-Tuning v2: length of the learned prefix, and whether it passes through an MLP.
+        quantization_bit: 4 or 8 if the checkpoint's linear layers are quantized, else 0.
+        initializer_range: standard deviation of newly initialized weights.
         original_rope, attention_softmax_in_fp32, apply_query_key_layer_scaling, bias_dropout_fusion: accepted and
-            kept on save because released files have them; they change nothing.
+            saved because released files have them; they have no effect.
 
     Raises:
-        ValueError: a value that no ChatGLM2 network can have; the message names the value, the limit and the cure.
+        ValueError: an unsupported value; the message gives the value, the limit and the remedy.
     """
 
     model_type = "chatglm"
@@ -61,8 +61,8 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
         "rms_norm_eps": "layernorm_epsilon",
     }
 
-    # Rows of query_key_value ([32 query | 2 key | 2 value heads]) and of dense_h_to_4h ([gate | up]) cannot be cut into
-    # equal contiguous shares of heads and channels: each rank multiplies its share of the rows, and all get the whole.
+    # The rows of query_key_value ([32 query | 2 key | 2 value heads]) and of dense_h_to_4h ([gate | up]) do not split
+    # into equal contiguous shares of heads and channels: each rank computes some rows, and all gather the whole output.
     base_model_tp_plan = {
         "encoder.layers.*.self_attention.query_key_value": "colwise_rep",
         "encoder.layers.*.self_attention.dense": "rowwise_rep",
@@ -158,31 +158,31 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
 
     @property
     def num_key_value_heads(self):
-        """G, the number of key/value heads that the cache holds."""
+        """G, the number of key/value heads in the cache."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
     def _check(self):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"multi_query_group_num={self.multi_query_group_num}: each group serves as many query heads. "
-                "Give a group number that divides the heads."
+                f"multi_query_group_num={self.multi_query_group_num}: all groups serve the same number of query "
+                "heads. Choose a multi_query_group_num that divides num_attention_heads."
             )
         if self.kv_channels % 4:
             raise ValueError(
-                f"kv_channels={self.kv_channels} is not a multiple of 4: half of a head's channels is rotated, "
-                "in pairs. Give a multiple of 4."
+                f"kv_channels={self.kv_channels} is not a multiple of 4: half of a head's channels are rotated, "
+                "in pairs. Choose a multiple of 4."
             )
         if self.rope_ratio_type not in ROPE_RATIO_TYPES:
             raise ValueError(
-                f"rope_ratio_type={self.rope_ratio_type!r} is unknown. Give one of {ROPE_RATIO_TYPES}: 'linear' "
+                f"rope_ratio_type={self.rope_ratio_type!r} is unknown. Choose one of {ROPE_RATIO_TYPES}: 'linear' "
                 "divides the positions (ChatGLM2-6B-32K), 'base' multiplies the base (ChatGLM3-6B-32K)."
             )
         if not self.rope_ratio > 0:
-            raise ValueError(f"rope_ratio={self.rope_ratio} must be above 0; 1 leaves the positions as they are.")
+            raise ValueError(f"rope_ratio={self.rope_ratio} must be above 0; 1 leaves the positions unchanged.")
         if self.quantization_bit not in QUANTIZATION_BITS:
-            raise ValueError(f"quantization_bit={self.quantization_bit} is unknown. Give one of {QUANTIZATION_BITS}.")
+            raise ValueError(f"quantization_bit={self.quantization_bit} is unknown. Choose one of {QUANTIZATION_BITS}.")
         if self.tie_word_embeddings:
             raise ValueError(
-                "tie_word_embeddings=True: ChatGLM2 has an output layer of its own. Set it to false in config.json."
+                "tie_word_embeddings=True: ChatGLM2 has a separate output layer. Set it to false in config.json."
             )

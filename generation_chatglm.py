@@ -1,4 +1,4 @@
-"""Chat on top of transformers' `generate`: nothing of its loop is written again here."""
+"""Chat on top of transformers' `generate`, whose loop is used unchanged."""
 
 import contextlib
 import contextvars
@@ -14,22 +14,22 @@ from .attention_chatglm import KEYWORDS, causal_mask
 from .torch_compat import autocast_dtype
 from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, is_static, take_cache
 
-# From generate's pushing to an iterator's pulling
+# Streaming: from the streamer that generate calls to an iterator
 
 
 class Closed(Exception):
-    """The consumer of a stream has gone; raised inside `generate` to end it."""
+    """The consumer of a stream is gone; raised inside `generate` to stop it."""
 
 
 class StepStreamer:
-    """Hands out what `generate` puts, and lets it go on only when more is asked for.
+    """Passes on what `generate` puts, and pauses it until the consumer asks for more.
 
-    Both ways are SimpleQueues: unlike a Semaphore, none can be left locked by a Ctrl-C at the wrong moment.
+    Both directions use SimpleQueue: unlike a Semaphore, it cannot be left locked by a Ctrl-C at the wrong moment.
     """
 
     def __init__(self):
         self.outbox = queue.SimpleQueue()
-        self.wanted = queue.SimpleQueue()  # of bool: whether there is still a consumer
+        self.wanted = queue.SimpleQueue()  # True: go on; False: the consumer is gone
 
     def wait(self):
         if not self.wanted.get():
@@ -40,15 +40,14 @@ class StepStreamer:
         self.wait()
 
     def end(self):
-        """Nothing to flush: `stream` notices the end itself."""
+        """Nothing to flush: `stream` detects the end itself."""
 
 
 def stream(generate, device):
     """Iterate over what `generate(streamer=...)` puts: the prompt's ids [B, T], then the ids of each step.
 
-    `generate` runs in a thread of its own, in turns with the consumer: never both at once. Closing the iterator, or a
-    Ctrl-C wherever it lands, ends the thread after the step in progress; an exception in the thread is raised to the
-    consumer.
+    `generate` runs in its own thread and takes turns with the consumer: never both at once. Closing the iterator, or a
+    Ctrl-C at any point, ends the thread after the current step. An exception in the thread is raised in the consumer.
     """
     streamer, finished = StepStreamer(), object()
     inherited = thread_state(device)
@@ -78,12 +77,12 @@ def stream(generate, device):
             yield item
     finally:
         streamer.wanted.put(False)
-        if thread.is_alive():  # not so where start() itself was interrupted
+        if thread.is_alive():  # False if start() itself was interrupted
             thread.join()
 
 
 def thread_state(device):
-    """What torch keeps per thread, taken from this one: inference mode, autocast, the CUDA device and stream."""
+    """Capture what torch keeps per thread: inference mode, autocast, the CUDA device and stream."""
     dtype, inference = autocast_dtype(device.type), torch.is_inference_mode_enabled()
     cuda_stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
@@ -99,13 +98,13 @@ def thread_state(device):
     return inherited
 
 
-# what `generate` hands on to `forward` besides the attention's keywords
+# keyword arguments that `generate` passes to `forward`, besides those of the attention
 FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
-PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # what the released models write for the date of their training
+PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # the released models write this for the date of their training
 
 
 class FiniteScores(LogitsProcessor):
-    """Scores between -10,000 and 10,000, nan lowest, so that dividing by a temperature and sampling cannot fail."""
+    """Clamps scores to [-10,000, 10,000], nan to the lowest, so that temperature and sampling cannot fail."""
 
     def __call__(self, input_ids, scores):
         return scores.nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
@@ -134,25 +133,25 @@ class ChatMixin:
 
         Args:
             tokenizer: a ChatGLMTokenizer.
-            query: what the user says, not empty.
-            history: (query, response) of the rounds before, oldest first; it is not changed.
-            max_length: tokens of prompt and response together, where `max_new_tokens` is not given.
-            num_beams, do_sample, top_p, temperature: as for `generate`. A `generation_config` among the keyword
-                arguments stands in the place of these and of max_length.
-            logits_processor: a list of processors of scores; it is not changed. Scores of nan and inf are made finite
-                behind them, so that no step raises.
-            max_history_tokens: drop the oldest rounds from the prompt until those kept take so many tokens or fewer.
-            **kwargs: for `generate`.
+            query: the user's message, a non-empty string.
+            history: earlier rounds as (query, response), oldest first; not modified.
+            max_length: limit on prompt and response tokens together, unless `max_new_tokens` is given.
+            num_beams, do_sample, top_p, temperature: as for `generate`. A `generation_config` in the keyword
+                arguments replaces these and max_length.
+            logits_processor: a list of logits processors; not modified. After them nan and inf are made finite, so
+                that no step raises.
+            max_history_tokens: drop the oldest rounds from the prompt until the rest has at most this many tokens.
+            **kwargs: passed to `generate`.
 
         Returns:
-            response (text), history with (query, response) at its end: a new list of tuples.
+            The response, and the history with (query, response) appended, a new list of tuples.
 
         Raises:
-            ValueError: an empty query, a history of another form, a prompt that would pass `seq_length`.
+            ValueError: an empty query, a malformed history, or a prompt that exceeds `seq_length`.
         """
         history = checked_history(query, history)
         if (kwargs.get("num_return_sequences") or 1) > 1:
-            raise ValueError("chat gives one answer: leave num_return_sequences at 1, or use generate.")
+            raise ValueError("chat returns one answer: set num_return_sequences=1, or use generate.")
         kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
         inputs = self.build_inputs(tokenizer, query, kept)
         prompt_length = inputs["input_ids"].shape[1]
@@ -178,18 +177,17 @@ class ChatMixin:
         max_history_tokens=None,
         **kwargs,
     ):
-        """Answer `query` step by step; arguments as for `chat`.
+        """Answer `query` step by step. Takes the arguments of `chat` and:
 
         Args:
-            past_key_values: the cache that the round before handed out, also if that round was cut off; only the new
-                round is encoded then. (As in the original, the last token of an answer that was cut off is not in it.)
-                An empty cache is filled with the whole prompt.
-            return_past_key_values: hand out the cache, too; it is one object, extended in place.
+            past_key_values: the cache from the previous round, even if that round was interrupted; only the new round
+                is then encoded. (As in the original, it lacks the last token of an interrupted answer.) An empty cache
+                is filled with the whole prompt.
+            return_past_key_values: also yield the cache, one object that is updated in place.
 
         Yields:
-            (text so far, history with it[, cache]). The text is extended from step to step, never ends in half a
-            character, and the last one is whole. A round that is broken off before its first text leaves the cache as
-            it was.
+            (text so far, history with it[, cache]). Each text extends the previous one and never ends in the middle of
+            a character; the last one is complete. A round interrupted before its first text leaves the cache unchanged.
         """
         history = checked_history(query, history)
         held = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -197,7 +195,7 @@ class ChatMixin:
             kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
             inputs = self.build_inputs(tokenizer, query, kept)
         elif max_history_tokens is not None:
-            raise ValueError("max_history_tokens cannot drop rounds from a cache: leave out past_key_values or it.")
+            raise ValueError("max_history_tokens cannot drop rounds from a cache: pass it or past_key_values.")
         else:
             inputs = self._next_round_inputs(tokenizer, query, history, past_key_values)
         prompt_length = inputs["input_ids"].shape[1]
@@ -207,7 +205,7 @@ class ChatMixin:
         if cache is not None:
             settings["cache"] = cache
 
-        def handed_out(text):
+        def output(text):
             result = (text, [*history, (query, text)])
             return (*result, cache) if return_past_key_values else result
 
@@ -215,16 +213,16 @@ class ChatMixin:
         try:
             for ids in self.stream_generate(**inputs, **settings):
                 whole = self._response(tokenizer, ids[0, prompt_length:].tolist())
-                text = without_half_placeholder(whole)
+                text = without_partial_placeholder(whole)
                 if text and text != shown:
                     shown = text
-                    yield handed_out(text)
+                    yield output(text)
         except BaseException:
             if not shown and cache is not None and cache.get_seq_length() > held:
                 crop_cache(cache, cache.get_seq_length() - held)
             raise
         if whole != shown or not shown:
-            yield handed_out(whole)
+            yield output(whole)
 
     def build_inputs(self, tokenizer, query, history=None):
         """The model's inputs for `query` after `history`: input_ids, attention_mask, position_ids, int [1, T]."""
@@ -232,7 +230,7 @@ class ChatMixin:
         return tokenizer([prompt], return_tensors="pt").to(self._input_device())
 
     def _input_device(self):
-        """Where ids go: the embedding's device, or the one that accelerate will bring an offloaded embedding to."""
+        """The device for input_ids: the embedding's, or the one that accelerate moves an offloaded embedding to."""
         hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
         target = getattr(hook, "execution_device", None)
         if target is not None:
@@ -240,14 +238,14 @@ class ChatMixin:
         return self.get_input_embeddings().weight.device
 
     def process_response(self, response):
-        """The text of an answer as it is shown: stripped, and its placeholder for the training date filled."""
+        """Strip an answer, and fill its placeholder for the training date."""
         return response.strip().replace(PLACEHOLDER, TRAINING_DATE)
 
     def _response(self, tokenizer, ids):
         return self.process_response(tokenizer.decode(tokenizer.without_half_character(ids)))
 
     def _recent_rounds(self, tokenizer, query, history, max_history_tokens):
-        """The newest rounds of `history` that take at most `max_history_tokens` tokens."""
+        """The last rounds of `history` that take at most `max_history_tokens` tokens."""
         if max_history_tokens is None:
             return history
 
@@ -261,17 +259,17 @@ class ChatMixin:
         return history[first:]
 
     def _next_round_inputs(self, tokenizer, query, history, past_key_values):
-        """The new round behind the cache. `generate` wants ids for the cached tokens as well, and never reads them."""
+        """Inputs of a new round after the cache. `generate` needs ids for cached tokens too, but never reads them."""
         text = "\n\n" + tokenizer.build_round(len(history) + 1, query)
-        new = tokenizer.encode(text, add_special_tokens=False)[1:]  # less the space that every text begins with
+        new = tokenizer.encode(text, add_special_tokens=False)[1:]  # without the space that every text begins with
         cached = [tokenizer.pad_token_id] * self.transformer.count_cached_tokens(past_key_values)
         input_ids = torch.tensor([cached + new], device=self._input_device())
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def _chat_settings(self, tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs):
-        """Keyword arguments for `generate`; checks that the answer's length fits the model."""
+        """Keyword arguments for `generate`; checks that the answer fits into `seq_length`."""
         if "streamer" in kwargs:
-            raise ValueError("chat has no use for a streamer: iterate over stream_chat, or give it to generate.")
+            raise ValueError("chat does not take a streamer: iterate over stream_chat, or pass it to generate.")
         settings, given = dict(kwargs), kwargs.get("generation_config")
         if given is None:
             given = self.generation_config
@@ -285,9 +283,9 @@ class ChatMixin:
             settings["max_length"] = min(max_length or self.config.seq_length, self.config.seq_length)
             if prompt_length >= settings["max_length"]:
                 raise ValueError(
-                    f"The prompt has {prompt_length} tokens, and max_length={max_length}, with "
-                    f"seq_length={self.config.seq_length}, leaves none for an answer. Shorten the query, drop rounds "
-                    "with max_history_tokens, or raise max_length up to seq_length."
+                    f"The prompt has {prompt_length} tokens, which leaves none for an answer: max_length={max_length}, "
+                    f"seq_length={self.config.seq_length}. Shorten the query, drop rounds with max_history_tokens, or "
+                    "raise max_length up to seq_length."
                 )
         settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
         return settings
@@ -297,7 +295,7 @@ class ChatMixin:
         if prompt_length + max_new_tokens > limit:
             room = limit - prompt_length
             raise ValueError(
-                f"A prompt of {prompt_length} tokens and max_new_tokens={max_new_tokens} pass seq_length={limit}. "
+                f"A prompt of {prompt_length} tokens and max_new_tokens={max_new_tokens} exceed seq_length={limit}. "
                 "Shorten the prompt" + (f" or lower max_new_tokens to {room}." if room > 0 else ".")
             )
 
@@ -315,11 +313,11 @@ class ChatMixin:
     ):
         """Run `generate` and yield the ids so far, int [B, T + step], after every step.
 
-        Arguments are those of `generate`, and any batch size will do; rows that have ended are padded. With
+        Takes the arguments of `generate`, with any batch size; finished rows are padded. With
         `return_past_key_values` it yields (ids, cache).
 
         Raises:
-            ValueError: prompt and `max_new_tokens` together pass `seq_length`; beams, which cannot be streamed.
+            ValueError: prompt and `max_new_tokens` exceed `seq_length`, or beam search, which cannot be streamed.
         """
         new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
         self._check_room(input_ids.shape[1], new or 0)
@@ -327,7 +325,7 @@ class ChatMixin:
         if return_past_key_values and cache is None:
             cache = DynamicCache()
         if "streamer" in kwargs:
-            raise ValueError("stream_generate is the stream: leave out the streamer, or give it to generate.")
+            raise ValueError("stream_generate does not take a streamer: iterate over it, or use generate.")
         generate = partial(
             self.generate,
             input_ids,
@@ -357,21 +355,21 @@ class ChatMixin:
         is_first_iteration=None,
         **kwargs,
     ):
-        """What `forward` gets at a step of `generate`.
+        """Prepare the arguments of `forward` for one step of `generate`.
 
         Args:
-            input_ids: int [B, n]: all ids so far, or those of one part of a long prompt.
-            cache, past_key_values: two names of the cache; a Cache is taken for it under any other name, too.
-            attention_mask: [B, S], or None where all tokens are real.
-            next_sequence_length: how many tokens are new, from transformers 5 on; before, `cache_position` [T] has as
-                many places, and earlier yet the cache and the mask tell.
+            input_ids: int [B, n], all ids so far, or one chunk of a long prompt.
+            cache, past_key_values: two names of the cache; a Cache under any other name is accepted, too.
+            attention_mask: [B, S], or None if there is no padding.
+            next_sequence_length: number of new tokens, from transformers 5 on. Earlier releases pass `cache_position`
+                [T] instead, and still earlier ones leave it to the cache and the mask.
 
         Raises:
-            ValueError: the step would get neither the cache nor the whole prompt, and so compute other ids.
+            ValueError: neither the cache nor the whole prompt was passed, so the ids would be wrong.
         """
         cache = take_cache(kwargs, cache, past_key_values)
         masked = attention_mask is not None and attention_mask.dim() == 2
-        seen = None if is_static(cache) else self.transformer.count_cached_tokens(cache)  # not asked of a static cache
+        seen = None if is_static(cache) else self.transformer.count_cached_tokens(cache)  # unknown for a static cache
         embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         first = is_first_iteration
         if first is None:
@@ -387,20 +385,20 @@ class ChatMixin:
         if new < 1 or total is not None and given not in (new, total, total - embedded):
             raise ValueError(
                 f"A step of generate got {given} ids, {new} of them new, and a cache of {seen} tokens: it needs the "
-                "cache or the whole prompt. (prefill_chunk_size does not go with the prefix of P-Tuning.)"
+                "cache or the whole prompt. (prefill_chunk_size does not work with a P-Tuning prefix.)"
             )
         if embedded and first:
             inputs = {"inputs_embeds": inputs_embeds[:, -new:]}
         else:
             inputs = {"input_ids": input_ids[:, -new:]}
 
-        if position_ids is not None:  # some releases hand the prompt's own to every step
+        if position_ids is not None:  # some releases pass those of the prompt at every step
             places, alone = position_ids.shape[1], new == input_ids.shape[1] and not embedded
             fits = total is None or places == total or (places == new and alone)
             position_ids = position_ids[:, -new:] if fits and not self.config.pre_seq_len else None
-        if masked and KEEPS_EMPTY_MASKS and attention_mask.all():  # those releases ask the GPU at every step anyway
+        if masked and KEEPS_EMPTY_MASKS and attention_mask.all():  # these releases wait for the GPU anyway
             attention_mask = None  # attention without a mask is faster
-        if is_static(cache):  # the same shapes and strides at every step, so that it is compiled once
+        if is_static(cache):  # same shapes and strides at every step: compiled once
             x = torch.empty(input_ids.shape[0], new, 0, dtype=self.dtype, device=input_ids.device)
             if position_ids is None:
                 position_ids = self.transformer.default_positions(attention_mask, cache.get_seq_length(), x)
@@ -409,15 +407,15 @@ class ChatMixin:
             inputs = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
         unknown = [name for name in kwargs if name not in KEYWORDS and name not in FORWARDED]
         if unknown:
-            warnings.warn(f"generate gave the model {', '.join(unknown)}, which ChatGLM2 does not know", stacklevel=2)
+            warnings.warn(f"ChatGLM2 ignores {', '.join(unknown)}, which generate passed to it", stacklevel=2)
         inputs.update({CACHE: cache, "attention_mask": attention_mask, "position_ids": position_ids})
         if cache_position is not None:
             inputs["cache_position"] = cache_position
         return {**inputs, **{name: value for name, value in kwargs.items() if name not in unknown}}
 
 
-def without_half_placeholder(text):
-    """`text` less an unfinished placeholder at its end, which would be taken back once it is whole."""
+def without_partial_placeholder(text):
+    """Remove an incomplete placeholder from the end of `text`: a later step would have to retract it."""
     for length in range(len(PLACEHOLDER) - 1, 0, -1):
         if text.endswith(PLACEHOLDER[:length]):
             return text[:-length].rstrip()
@@ -425,12 +423,12 @@ def without_half_placeholder(text):
 
 
 def checked_history(query, history):
-    """`history` as a new list of tuples. Raises ValueError where the query is empty or a round is no pair of texts."""
+    """Copy `history` to a list of tuples. Raises ValueError for an empty query or a round that is not two strings."""
     if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"query={query!r} is empty or no text: say something.")
+        raise ValueError(f"query must be a non-empty string, got {query!r}")
     if history is not None and not isinstance(history, (list, tuple)):
-        raise ValueError(f"history is a {type(history).__name__}: give a list of (query, response) pairs.")
+        raise ValueError(f"history must be a list of (query, response), got a {type(history).__name__}")
     for i, turn in enumerate(history or []):
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise ValueError(f"history[{i}] is {turn!r}: give (query, response), a pair of texts.")
+            raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
     return [tuple(turn) for turn in history or []]

@@ -1,8 +1,8 @@
-"""ChatGLM2: the network, read from top to bottom.
+"""The ChatGLM2 network.
 
-Shapes stand at line ends:
-    B batch, T new tokens, S cached and new tokens, C hidden channels, V vocabulary,
-    H query heads, G key/value groups, D channels of a head, R = D / 2 rotated channels, P prefix tokens.
+Shapes:
+    B batch size, T new tokens, S cached and new tokens, C hidden size, V vocabulary size,
+    H query heads, G key/value groups, D head size, R = D / 2 rotated channels, P prefix tokens.
 """
 
 from contextlib import nullcontext
@@ -34,7 +34,7 @@ from .transformers_compat import (
     update_paged,
 )
 
-if TYPE_CHECKING:  # the Hugging Face loader copies the files that are named here, and not what those import in turn
+if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
@@ -48,10 +48,10 @@ if TYPE_CHECKING:  # the Hugging Face loader copies the files that are named her
 
 
 def rotary_cos_sin(config, position_ids):
-    """Cosine and sine of each position's angles: cos, sin [B, T, 1, R / 2], float32.
+    """Cosine and sine of the rotation angles: cos, sin [B, T, 1, R / 2], float32.
 
-    theta_i = base^(-2i / R) with base 10000. In half precision positions collapse from 2,048 on (bfloat16: 256), so
-    the angles are float32 whatever the weights are.
+    theta_i = base^(-2i / R) with base 10000. float16 cannot tell positions above 2,048 apart (bfloat16: 256), so the
+    angles are float32 whatever the dtype of the weights.
     """
     rotated = config.kv_channels // 2
     base, positions = 10000.0, position_ids.float()
@@ -65,15 +65,15 @@ def rotary_cos_sin(config, position_ids):
 
 
 def rotate(x, cos, sin):
-    """Turn the channel pairs (2i, 2i + 1) of the first half of each head; the other half passes through."""
-    turned, passed = x.chunk(2, dim=-1)  # (B, T, heads, R) each
-    even, odd = turned.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, R / 2)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((turned.to(x.dtype), passed), dim=-1)
+    """Rotate the channel pairs (2i, 2i + 1) in the first half of each head; the second half is unchanged."""
+    rotated, unchanged = x.chunk(2, dim=-1)  # (B, T, heads, R) each
+    even, odd = rotated.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, R / 2)
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated.to(x.dtype), unchanged), dim=-1)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight in float32, cast once at the end (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+    """x / rms(x) * weight in float32, cast at the end (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -85,7 +85,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32, cast once at the end, for configurations with `rmsnorm` false."""
+    """Layer norm in float32, cast at the end; used if `rmsnorm` is False."""
 
     def forward(self, x):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
@@ -99,7 +99,7 @@ def make_norm(config):
 
 
 class SelfAttention(nn.Module):
-    """One fused projection to H query heads and G keys and values, RoPE, the cache, attention, one projection back."""
+    """Grouped-query attention with rotary embedding: one fused projection to H query heads and G keys and values."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
         self.head_dim = config.kv_channels
         self.num_heads = config.num_attention_heads
         self.num_groups = config.num_key_value_heads
-        self.num_key_value_groups = self.num_heads // self.num_groups  # the attention interface's name for H / G
+        self.num_key_value_groups = self.num_heads // self.num_groups  # H / G, as attention functions call it
         self.interleaved = not config.multi_query_attention
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
@@ -123,9 +123,9 @@ class SelfAttention(nn.Module):
         B, T, _ = x.shape
         heads, groups = self.num_heads, self.num_groups
         mixed = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 G, D)
-        if self.interleaved:  # rows per head: q, k, v of head 0, of head 1, ...
+        if self.interleaved:  # rows are q, k, v of head 0, then of head 1, ...
             mixed = mixed.unflatten(2, (heads, 3)).transpose(2, 3).flatten(2, 3)
-        rotated = rotate(mixed[:, :, : heads + groups], *rotary)  # query and key in one go
+        rotated = rotate(mixed[:, :, : heads + groups], *rotary)  # query and key together
         query, key = rotated.transpose(1, 2).split((heads, groups), dim=1)  # (B, H, T, D), (B, G, T, D)
         value = mixed[:, :, heads + groups :].transpose(1, 2)  # (B, G, T, D)
 
@@ -144,7 +144,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """dense_4h_to_h(silu(gate) * up), gate and up from one projection (Shazeer, 2020, arXiv:2002.05202)."""
+    """SwiGLU: dense_4h_to_h(silu(gate) * up), gate and up from one projection (Shazeer, 2020, arXiv:2002.05202)."""
 
     def __init__(self, config):
         super().__init__()
@@ -155,7 +155,7 @@ class MLP(nn.Module):
         gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)  # (B, T, ffn_hidden_size) each
         if torch.is_grad_enabled():
             return self.dense_4h_to_h(F.silu(gate) * up)
-        return self.dense_4h_to_h(F.silu(gate).mul_(up))  # in place: a long prompt's peak is here
+        return self.dense_4h_to_h(F.silu(gate).mul_(up))  # in place: a long prompt's memory peaks here
 
 
 class GLMBlock(nn.Module):
@@ -177,18 +177,18 @@ class GLMBlock(nn.Module):
         normed = self.input_layernorm(x)
         update, weights = self.self_attention(normed.to(dtype), rotary, attention_mask, **kwargs)
         x = self.add(x, normed, update)
-        del update  # or it stays through the MLP
+        del update  # free it before the MLP
         normed = self.post_attention_layernorm(x)
         return self.add(x, normed, self.mlp(normed.to(dtype))), weights  # (B, T, C), (B, H, T, S) or None
 
     def add(self, x, normed, update):
-        if self.dropout.training:  # it does nothing else, and each call counts in a decode step
+        if self.dropout.training:  # otherwise a no-op, and every call slows a decode step
             update = self.dropout(update)
         return (normed if self.residual_after_norm else x) + update  # (B, T, C)
 
 
 class Embedding(nn.Module):
-    """Token ids [B, T] -> (B, T, C)."""
+    """Token ids [B, T] to embeddings (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -199,13 +199,13 @@ class Embedding(nn.Module):
             return self.word_embeddings(input_ids)
         except IndexError as error:
             raise ValueError(
-                f"input_ids hold {input_ids.min().item()} to {input_ids.max().item()}, and the vocabulary has the ids "
-                f"0 to {self.word_embeddings.num_embeddings - 1}: was the text tokenized by another model's tokenizer?"
+                f"input_ids range from {input_ids.min().item()} to {input_ids.max().item()}, but the vocabulary has "
+                f"ids 0 to {self.word_embeddings.num_embeddings - 1}: was the text encoded by another tokenizer?"
             ) from error
 
 
 class GLMTransformer(nn.Module):
-    """The blocks and the last norm."""
+    """The blocks and the final norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -216,7 +216,7 @@ class GLMTransformer(nn.Module):
 
     def forward(self, x, rotary, attention_mask, attend, cache=None, cache_kwargs=None, prefix=None,
                 output_hidden_states=False, output_attentions=False, **kwargs):  # fmt: skip
-        """Run x (B, T, C) through all blocks. Returns x, and where asked for, hidden states and attention weights."""
+        """Run x (B, T, C) through all blocks; return it with the requested hidden states and attention weights."""
         dtype, hidden_states, attentions = x.dtype, (), ()
         x = x.float() if self.fp32_residual else x
         for i, block in enumerate(self.layers):
@@ -235,14 +235,14 @@ class GLMTransformer(nn.Module):
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
-    """The network up to the last norm; it also owns the output layer, as the released checkpoints name it."""
+    """The network up to the final norm. It also owns the output layer, as in the released checkpoints."""
 
     def __init__(self, config, empty_init=True, device=None):
         super().__init__(config)
         self.embedding = Embedding(config)
         self.encoder = GLMTransformer(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
-        if config.quantization_bit:  # empty int8 and int4 layers, for a checkpoint to fill
+        if config.quantization_bit:  # empty int8 or int4 layers, filled from the checkpoint
             quantize(self, config.quantization_bit, empty=True, **getattr(config, "quantization_options", {}))
         if config.pre_seq_len:
             self.prefix_encoder = PrefixEncoder(config)
@@ -250,7 +250,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.post_init()
 
     def freeze_all_but_prefix(self):
-        """P-Tuning trains the prefix alone."""
+        """P-Tuning trains only the prefix."""
         if self.config.pre_seq_len:
             self.requires_grad_(False)
             self.prefix_encoder.requires_grad_(True)
@@ -266,33 +266,33 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
         full_attention_mask=None, cache=None, cache_position=None, **kwargs,
     ):  # fmt: skip
-        """Hidden states of new tokens.
+        """Compute the hidden states of new tokens.
 
         Args:
-            input_ids: int [B, T]; or `inputs_embeds` float [B, T, C].
-            position_ids: int [B, T]; by default they count the real tokens of `attention_mask` and the cache. With
-                use_cache=False, a jump in them begins another sequence (packing).
-            attention_mask: 1 for real tokens, 0 for padding, [B, S] over cached and new tokens; the prefix of
-                P-Tuning is not counted. A four-dimensional mask is handed to the attention as it is.
-            full_attention_mask: boolean, [B, T, S] or [B, 1, T, S], True where a query may *not* look. It replaces
-                the causal mask and the padding of attention_mask; a P-Tuning prefix has columns in it, too.
-            cache, past_key_values: two names of the cache, whose layers hold (B, G, S, D); it is extended in place.
-            **kwargs: for the attention function: `attention_chatglm.KEYWORDS`.
+            input_ids: int [B, T]; alternatively `inputs_embeds`, float [B, T, C].
+            position_ids: int [B, T]; by default derived from `attention_mask` and the length of the cache. With
+                use_cache=False, a jump in them starts another packed sequence.
+            attention_mask: [B, S] over cached and new tokens, without the P-Tuning prefix: 1 for real tokens, 0 for
+                padding. A 4D mask is passed to the attention function unchanged.
+            full_attention_mask: boolean [B, T, S] or [B, 1, T, S], True where a query may *not* attend; replaces the
+                causal mask and the padding of attention_mask, and covers the P-Tuning prefix, too.
+            cache, past_key_values: two names of the key/value cache, (B, G, S, D) per layer, updated in place.
+            **kwargs: passed to the attention function, see `attention_chatglm.KEYWORDS`.
 
         Returns:
-            BaseModelOutputWithPast: last_hidden_state [B, T, C]; hidden_states are num_layers + 1 of that shape, the
-            last one behind the final norm; attentions are num_layers of [B, H, T, S]; the cache, under both names.
+            BaseModelOutputWithPast: last_hidden_state [B, T, C]; hidden_states, num_layers + 1 tensors [B, T, C], the
+            last one after the final norm; attentions, num_layers tensors [B, H, T, S]; the cache, under both names.
 
         Raises:
-            TypeError: an unknown keyword.
+            TypeError: an unknown keyword argument.
             ValueError: both or neither of input_ids and inputs_embeds, an id outside the vocabulary (on a CPU), a mask
-                of another length, two caches, attention weights asked of a fused attention.
+                of the wrong length, two caches, or output_attentions with a fused attention function.
         """
         config = self.config
         cache = take_cache(kwargs, cache, past_key_values)
         check_arguments(cache, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         cache, use_cache = self._settle_cache(cache, use_cache)
         output_attentions = self._settle_attentions(output_attentions)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -307,7 +307,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attention_mask = ~full_attention_mask.bool().reshape(-1, 1, *full_attention_mask.shape[-2:])
         prefix = None
         if config.pre_seq_len:
-            prefix, attention_mask = self.prefix_encoder.put_before(x, attention_mask, cache)
+            prefix, attention_mask = self.prefix_encoder.prepend(x, attention_mask, cache)
             cache_position = None  # generate does not count the prefix
         update_kwargs = cache_kwargs(cache, T, x.device, cache_position)
         mask = causal_mask(config, x, attention_mask, cache, position_ids, prefix=prefix, **update_kwargs)
@@ -332,7 +332,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_states=hidden_states,
             attentions=attentions,
         )
-        return self.as_asked(output, return_dict)
+        return self.to_requested_type(output, return_dict)
 
     def _settle_cache(self, cache, use_cache):
         """(cache or None, whether to return it)."""
@@ -356,19 +356,19 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         name = attention_name(self.config)
         if output_attentions and name != "eager":
             raise ValueError(
-                f"output_attentions=True: attn_implementation={name!r} does not return attention weights. Load the "
+                f"output_attentions=True: attn_implementation={name!r} does not compute attention weights. Load the "
                 "model with attn_implementation='eager'."
             )
         return output_attentions
 
     def count_cached_tokens(self, cache):
-        """Tokens that the cache holds, the prefix of P-Tuning not counted."""
+        """Number of tokens in the cache, excluding the P-Tuning prefix."""
         seen = 0 if cache is None or is_paged(cache) else cache.get_seq_length()
         return max(seen - self.config.pre_seq_len, 0) if self.config.pre_seq_len else seen
 
     @staticmethod
     def default_positions(attention_mask, seen, x):
-        """Positions [B or 1, T] of x: padding counts 0, real tokens 0, 1, 2, ..., going on from the cache."""
+        """Positions [B or 1, T] of x: 0 for padding, 0, 1, 2, ... for real tokens, continuing from the cache."""
         if attention_mask is not None and attention_mask.dim() == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :].to(x.device)
         return torch.arange(x.shape[1], device=x.device)[None] + seen
@@ -379,13 +379,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             return
         if attention_mask.shape[1] != seen + length:
             raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, and {seen} cached tokens with {length} new "
-                f"ones make {seen + length}. Give a mask over all of them, or none."
+                f"attention_mask has {attention_mask.shape[1]} columns, but there are {seen} cached and {length} new "
+                f"tokens. Pass a mask with {seen + length} columns, or None."
             )
 
 
 class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
-    """ChatGLM2 with `generate` and chat: the class behind AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM."""
+    """ChatGLM2 with `generate` and chat; AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM load this class."""
 
     def __init__(self, config, empty_init=True, device=None):
         super().__init__(config)
@@ -403,15 +403,15 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
         return_last_logit=False, cache=None, logits_to_keep=0, num_items_in_batch=None, **kwargs,
     ):  # fmt: skip
-        """Scores of the next token.
+        """Compute next-token logits.
 
         Args:
-            labels: int [B, T], the input ids again, -100 where there is nothing to learn; they are shifted here.
-            logits_to_keep: score the last so many positions only, or those of an index tensor; 0 scores all.
+            labels: int [B, T], input_ids with -100 at positions to ignore; shifted by one inside.
+            logits_to_keep: compute logits only for this many last positions, or for an index tensor; 0 means all.
             return_last_logit: the original's name for logits_to_keep=1.
-            num_items_in_batch: what the loss is divided by (the Trainer's, over accumulated batches); by default the
-                number of labels that count.
-            For the rest see `ChatGLMModel.forward`.
+            num_items_in_batch: divisor of the summed loss, set by Trainer for gradient accumulation; by default the
+                number of labels that are not ignored.
+            For the other arguments see `ChatGLMModel.forward`.
 
         Returns:
             CausalLMOutputWithPast: loss, a float32 scalar; logits [B, T or logits_to_keep, V].
@@ -431,31 +431,33 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return self.as_asked(output, return_dict)
+        return self.to_requested_type(output, return_dict)
 
 
-LOSS_CHUNK = 1024  # positions whose scores are held in float32 at a time
+LOSS_CHUNK = 1024  # positions whose logits are converted to float32 at a time
 
 
 def causal_lm_loss(logits, labels, num_items_in_batch=None):
-    """Cross entropy of each next token, in float32: logits [B, T, V], labels [B, T], -100 ignored; a mean.
+    """Mean cross entropy of the next token, in float32: logits [B, T, V], labels [B, T] with -100 ignored.
 
-    The scores are widened chunk by chunk, and again in the backward pass, so that they are never all there in float32.
+    Logits are converted to float32 chunk by chunk, and again in the backward pass, so that no full copy exists.
     """
     if logits.shape[1] != labels.shape[1]:
-        raise ValueError(f"{labels.shape[1]} labels for {logits.shape[1]} scored positions: leave logits_to_keep at 0.")
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten().to(logits.device)  # (B T), the last one has no next
+        raise ValueError(f"{labels.shape[1]} labels for {logits.shape[1]} logits: set logits_to_keep=0 with labels.")
+    targets = (
+        F.pad(labels[:, 1:], (0, 1), value=-100).flatten().to(logits.device)
+    )  # (B T); the last one has no next token
     chunks = zip(logits.flatten(0, 1).split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
     total = sum(checkpoint(summed_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks)
     return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def summed_cross_entropy(scores, targets):
-    return F.cross_entropy(scores.float(), targets, ignore_index=-100, reduction="sum")
+def summed_cross_entropy(logits, targets):
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
 
 
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
-    """A linear classifier on the last real token's hidden state."""
+    """A linear classifier on the hidden state of the last real token."""
 
     def __init__(self, config, empty_init=True, device=None):
         super().__init__(config)
@@ -470,11 +472,12 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
         full_attention_mask=None, cache=None, **kwargs,
     ):  # fmt: skip
-        """Scores of the labels.
+        """Compute classification logits.
 
         Args:
-            labels: [B] class numbers, [B, num_labels] floats for several labels at once, or [B] floats where
-                num_labels is 1; config.problem_type tells otherwise. For the rest see `ChatGLMModel.forward`.
+            labels: [B] class indices, [B, num_labels] floats for multi-label classification, or [B] floats for
+                regression (num_labels=1); config.problem_type overrides this.
+            For the other arguments see `ChatGLMModel.forward`.
 
         Returns:
             SequenceClassifierOutputWithPast: loss, a float32 scalar; logits [B, num_labels].
@@ -498,7 +501,7 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return self.as_asked(output, return_dict)
+        return self.to_requested_type(output, return_dict)
 
     def _loss(self, logits, labels):
         kind = self.config.problem_type

@@ -1,6 +1,6 @@
-"""P-Tuning v2: learned keys and values in front of every layer's cache.
+"""P-Tuning v2: learned keys and values in front of the cache of every layer.
 
-Shapes: B batch, T new tokens, P prefix tokens, G key/value groups, D channels of a head, L layers.
+Shapes: B batch size, T new tokens, P prefix tokens, G key/value groups, D head size, L layers.
 """
 
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ from .transformers_compat import cache_kwargs, is_static
 
 
 class PrefixEncoder(nn.Module):
-    """P-Tuning v2's learned keys and values (Liu et al., 2021, arXiv:2110.07602).
+    """Learned keys and values of P-Tuning v2 (Liu et al., 2021, arXiv:2110.07602).
 
-    Row p of the embedding holds a key and a value of G heads for every layer; with `prefix_projection` an MLP of
-    Linear, Tanh, Linear makes them.
+    Row p of the embedding holds a key and a value of G heads for every layer. With `prefix_projection` it passes
+    through an MLP: Linear, Tanh, Linear.
     """
 
     def __init__(self, config):
@@ -29,7 +29,7 @@ class PrefixEncoder(nn.Module):
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, batch_size, dtype):
-        """A (key, value) for each layer, both (B, G, P, D)."""
+        """Return (key, value) for each layer, both (B, G, P, D)."""
         config = self.config
         prefix = self.trans(self.embedding.weight).to(dtype)  # (P, 2 L G D)
         prefix = prefix.view(config.pre_seq_len, 2 * config.num_layers, config.num_key_value_heads, config.kv_channels)
@@ -37,27 +37,27 @@ class PrefixEncoder(nn.Module):
         prefix = self.dropout(prefix)
         return list(zip(prefix[0::2], prefix[1::2]))
 
-    def put_before(self, x, attention_mask, cache):
-        """Put the prefix before new tokens x (B, T, C): into an empty cache, which then gives it to every step.
+    def prepend(self, x, attention_mask, cache):
+        """Prepend the prefix to new tokens x (B, T, C). An empty cache is filled with it, for this and later steps.
 
         Returns:
-            the layers' (key, value), where there is no cache to hold them, else None; attention_mask with P columns
-            more.
+            (key, value) for each layer if there is no cache to hold them, else None; attention_mask with P more
+            columns.
 
         Raises:
-            ValueError: a static cache, or one that holds less than the prefix.
+            ValueError: a static cache, or a cache with fewer tokens than the prefix.
         """
         P = self.config.pre_seq_len
         if is_static(cache):
             raise ValueError(
-                f"A static cache has no room for the prefix of pre_seq_len={P}, which generate does not count: use the "
-                "dynamic cache."
+                f"A static cache has no room for the prefix of pre_seq_len={P}, because generate does not count it: "
+                "use the dynamic cache."
             )
         held = 0 if cache is None else cache.get_seq_length()
         if 0 < held < P:
             raise ValueError(
                 f"The cache holds {held} tokens, fewer than the prefix of pre_seq_len={P}: it was cropped (assisted "
-                "decoding before transformers 5 does so). Generate without assistance."
+                "decoding before transformers 5 does this). Disable assisted decoding."
             )
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = F.pad(attention_mask, (P, 0), value=1)

@@ -1,4 +1,4 @@
-"""What makes the network a model of transformers: loading, initialisation, activation checkpointing, quantizing."""
+"""Base class of the models: loading, initialization, activation checkpointing, quantization."""
 
 from functools import partial, wraps
 
@@ -15,7 +15,7 @@ from .transformers_compat import ModelFallbacks
 
 
 def checkpointed(forward):
-    """Let a block's forward compute its activations again in the backward pass, once that is switched on."""
+    """Recompute the activations of a block's forward in the backward pass, if gradient checkpointing is enabled."""
 
     @wraps(forward)
     def run(self, *args, **kwargs):
@@ -32,7 +32,7 @@ def offloaded_checkpoint(function, *args, **options):
 
 
 class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
-    """What the public classes share: initialisation, and what they tell transformers about themselves."""
+    """Base class of the public models: initialization, and the features that transformers asks about."""
 
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
@@ -52,15 +52,15 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls):
-        return True  # the attention is looked up at every call
+        return True  # every forward looks up the attention function
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As in transformers. The weights' own dtype is kept where none is asked for.
+        """As in transformers, but the default dtype is that of the checkpoint.
 
         Raises:
-            ValueError: besides what transformers raises: the config asks for int8 or int4 layers, and the checkpoint
-                holds no such weights.
+            ValueError: the config has `quantization_bit`, but the checkpoint holds no quantized weights; also whatever
+                transformers raises.
         """
         try:
             model, report = super().from_pretrained(
@@ -76,20 +76,20 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
                 ) from error
             raise
         unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
-        if unscaled:  # and float weights, which most releases of transformers have truncated to int8 by now
+        if unscaled:  # float weights, which most releases of transformers have truncated to int8
             raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
-        model.base_model.freeze_all_but_prefix()  # loading may put new parameters in the old ones' place
+        model.base_model.freeze_all_but_prefix()  # loading may have replaced parameters
         return (model, report) if output_loading_info else model
 
     def quantize(self, bits, **options):
-        """Hold the linear layers of every block in `bits` (4 or 8) bits, in place; 0 changes nothing.
+        """Quantize the linear layers of every block to `bits` (4 or 8) bits, in place; 0 does nothing.
 
-        Options are those of `quantization.quantize`. Returns the model.
+        Takes the options of `quantization.quantize`. Returns the model.
         """
         return quantize(self, bits, **options)
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
-        """As in transformers; a ValueError where the embedding or the output layer is int8."""
+        """As in transformers; raises ValueError if the embedding or the output layer is quantized."""
         base = self.base_model
         for option, layer in (("embedding", base.embedding.word_embeddings), ("output_layer", base.output_layer)):
             if hasattr(layer, "weight_scale") and new_num_tokens not in (None, len(layer.weight_scale)):
@@ -100,7 +100,7 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _init_weights(self, module):
-        """Normal weights, zero biases, unit norms, for what no checkpoint gives; quantized weights stay."""
+        """Initialize missing parameters: normal weights, zero biases, unit norms. Quantized weights are left alone."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(module, (nn.Linear, nn.Embedding)) and weight.is_floating_point():
             nn.init.normal_(weight, std=self.config.initializer_range)
@@ -109,20 +109,20 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         if bias is not None:
             nn.init.zeros_(bias)
 
-    # Activation checkpointing: one way in every release, which began to rename it in 5.x and removes the old name in 6
+    # Activation checkpointing, the same on every release: 5.x began to rename it, and 6 removes the old name
 
     def activation_checkpointing_enable(self, every_n_layers=1, offload=False, activation_checkpointing_kwargs=None):
-        """Compute the activations of every n-th block again in the backward pass instead of keeping them.
+        """Recompute the activations of every n-th block in the backward pass instead of storing them.
 
-        offload: hold what is kept for that in the host's memory. activation_checkpointing_kwargs: for
-        torch.utils.checkpoint.checkpoint; the default is not reentrant.
+        offload: keep the inputs that recomputing needs in host memory. activation_checkpointing_kwargs: passed to
+        torch.utils.checkpoint.checkpoint; the default is non-reentrant.
         """
         options = activation_checkpointing_kwargs or {"use_reentrant": False}
         for i, block in enumerate(self.base_model.encoder.layers):
             block.gradient_checkpointing = i % every_n_layers == 0
             block.checkpoint = partial(offloaded_checkpoint if offload else checkpoint, **options)
         if options.get("use_reentrant"):
-            self.enable_input_require_grads()  # or frozen embeddings cut the blocks off from the loss
+            self.enable_input_require_grads()  # frozen embeddings would detach the blocks from the loss
 
     def activation_checkpointing_disable(self):
         for block in self.base_model.encoder.layers:
@@ -139,6 +139,6 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
     gradient_checkpointing_disable = activation_checkpointing_disable
     is_gradient_checkpointing = is_activation_checkpointing
 
-    def as_asked(self, output, return_dict):
-        """`output`, or a tuple of it where `return_dict`, or else the config, says False."""
+    def to_requested_type(self, output, return_dict):
+        """Return `output`, or a tuple if `return_dict` (by default the config's) is False."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -1,16 +1,15 @@
 """Weight-only INT8 and INT4 linear layers in CUDA C, compiled and launched by cpm_kernels 1.0.11.
 
-cpm_kernels ships GPU code for cards up to 2021 only, but its NVRTC binding and its launcher are sound wherever CUDA is.
-So the source below is compiled, when first needed, for the very card it is to run on, and launched on torch's current
-stream. It includes no header, so that NVRTC needs no toolkit's include folder.
+cpm_kernels ships GPU code only for cards up to 2021, but its NVRTC binding and its launcher work wherever CUDA does.
+The source below is compiled at first use for the card it runs on, and launched on torch's current stream. It includes
+no header, so NVRTC does not need the CUDA toolkit's include directory.
 
-- `matvec`, up to 16 rows: the weight is read once for up to 8 rows of x, and restored in registers.
-- `dequantize`, for more rows: a piece of the weight at a time is restored to x's dtype and multiplied by torch. Never
-  more than `PIECE` bytes are restored, whatever the layer's size: 4,096 rows of 4,096 inputs in half precision.
+- `matvec`, up to 16 rows: reads the weight once for up to 8 rows of x, and dequantizes it in registers.
+- `dequantize`, for more rows: dequantizes a piece of the weight at a time to x's dtype; torch multiplies. A piece has
+  at most `PIECE` bytes, whatever the layer's size: 4,096 rows of 4,096 inputs in half precision.
 
-By bytes moved, a pass of `matvec` over 8 rows costs 0.5 a weight (int4), and restoring costs 4.5 (read the weight,
-write and read half precision): so the border is not at 8 rows. Where it should be has not been measured, nor has any
-speed.
+In bytes moved per int4 weight, a pass of `matvec` over 8 rows costs 0.5, and dequantizing costs 4.5 (read the weight,
+write and read half precision), so the limit is above 8 rows. Neither the best limit nor any speed has been measured.
 """
 
 import ctypes
@@ -22,13 +21,13 @@ from torch import Tensor
 
 from .quantization_format import Family
 
-THREADS, OUTS = 128, 4  # threads of a matvec block, and the outputs it computes
-MAX_ROWS, FUSED_ROWS = 8, 16  # rows of x that a block takes, and up to which matvec is used
-COMMON_ARCH = 75  # a capability that every NVRTC from 11 to 13 compiles for
-PIECE = 32 << 20  # bytes of restored weight that `dequantize` may hold
+THREADS, OUTS = 128, 4  # threads of a matvec block, and outputs it computes
+MAX_ROWS, FUSED_ROWS = 8, 16  # rows of x per block of matvec, and most rows for matvec
+COMMON_ARCH = 75  # supported by every NVRTC from 11 to 13
+PIECE = 32 << 20  # most bytes of dequantized weight at a time
 TYPES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
 
-# half has no bit trick as short as the instruction; bfloat16 is the upper half of a float
+# half: no bit trick is as short as the conversion instruction; bfloat16 is the upper half of a float
 HALF = r"""
 struct half { unsigned short bits; };
 __device__ float to_float(half v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits)); return f; }
@@ -47,18 +46,18 @@ __device__ void store(bfloat16* p, float f) {  // to nearest, ties to even; nan 
 __device__ float to_float(float v) { return v; }
 __device__ void store(float* p, float f) { *p = f; }
 
-// Byte i of `bytes` as a float, less what flipping its sign bit added. It becomes the low mantissa bits of 2^23, which
-// costs a byte permutation and a subtraction; integer-to-float instructions have a fraction of their rate.
+// Byte i of `bytes`, a value with its sign bit flipped, as a float. It becomes the low mantissa bits of 2^23: a byte
+// permutation and a subtraction. Integer-to-float instructions have a fraction of their rate.
 __device__ float value(unsigned bytes, int i) {
     return __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7440 + i)) - (8388608.f + (1 << (BITS - 1)));
 }
 
 #define COLUMNS (32 / BITS)  // in a 4-byte word of the weight
-constexpr int UNROLL = ROWS == 1 ? 4 : 1;  // words a thread asks for at once: the other rows' sums want the registers
+constexpr int UNROLL = ROWS == 1 ? 4 : 1;  // words a thread loads at once; more rows need the registers for their sums
 struct alignas(sizeof(X) * COLUMNS < 16 ? sizeof(X) * COLUMNS : 16) Columns { X value[COLUMNS]; };
 
-// The columns of a word, in their order, times s: in a byte of int4 the even column is in the high nibble.
-__device__ void restore(unsigned word, float s, float* q) {
+// The columns of a word, in order, times s. In a byte of int4 the even column is in the high nibble.
+__device__ void dequantize_word(unsigned word, float s, float* q) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
 #if BITS == 4
@@ -86,7 +85,7 @@ matvec(const X* __restrict__ x, const unsigned* __restrict__ weight, const SCALE
         for (int o = 0; o < OUTS; o++) {
             const size_t at = min(out0 + o, out - 1);
             const float s = GROUPED ? to_float(scale[at * groups + word / words_per_group]) : 1.f;
-            restore(weight[at * words + word], s, q[o]);
+            dequantize_word(weight[at * words + word], s, q[o]);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
@@ -99,7 +98,7 @@ matvec(const X* __restrict__ x, const unsigned* __restrict__ weight, const SCALE
             }
         }
     }
-    __shared__ float total[THREADS / 32][ROWS * OUTS];  // added in a fixed order: equal inputs give equal bits
+    __shared__ float total[THREADS / 32][ROWS * OUTS];  // added in a fixed order, so that results are deterministic
 #pragma unroll
     for (int i = 0; i < ROWS * OUTS; i++) {
         float v = sum[i / OUTS][i % OUTS];
@@ -118,28 +117,28 @@ matvec(const X* __restrict__ x, const unsigned* __restrict__ weight, const SCALE
     }
 }
 
-// restored [out, in] = q * scale. Block (i, j): a byte a thread, from i * THREADS on, of rows j, j + gridDim.y, ...
+// y [out, in] = q * scale. Block (i, j): one byte per thread, from i * THREADS on, of rows j, j + gridDim.y, ...
 extern "C" __global__ void dequantize(const unsigned char* __restrict__ weight, const SCALE* __restrict__ scale,
-                                      X* __restrict__ restored, int in, int out, int groups) {
+                                      X* __restrict__ y, int in, int out, int groups) {
     const int width = in * BITS / 8, i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= width) return;
     const int group = i / (width / groups);
     for (size_t row = blockIdx.y; row < out; row += gridDim.y) {
-        float q[COLUMNS];  // the first 8 / BITS are the byte's
-        restore(weight[row * width + i], to_float(scale[row * groups + group]), q);
+        float q[COLUMNS];  // the first 8 / BITS belong to the byte
+        dequantize_word(weight[row * width + i], to_float(scale[row * groups + group]), q);
 #pragma unroll
-        for (int c = 0; c < 8 / BITS; c++) store(&restored[row * in + i * (8 / BITS) + c], q[c]);
+        for (int c = 0; c < 8 / BITS; c++) store(&y[row * in + i * (8 / BITS) + c], q[c]);
     }
 }
 """
 
 
 def unavailable(device: torch.device) -> Optional[str]:
-    """None where the kernels run on `device`, else one sentence: why not, and what would make them run."""
+    """None if the kernels run on `device`, else one sentence with the reason and the remedy."""
     if device.type != "cuda":
         return f"cpm_kernels needs an NVIDIA GPU, not {device.type}: move the model with .to('cuda')"
     if torch.version.cuda is None:
-        return "cpm_kernels needs a torch built for CUDA, which this one is not: install one from pytorch.org"
+        return "cpm_kernels needs a CUDA build of torch: install one from pytorch.org"
     try:
         from cpm_kernels.kernels import base
         from cpm_kernels.library import cublaslt, cuda, cudart, nvrtc  # noqa: F401  base's launcher needs all of them
@@ -152,32 +151,32 @@ def unavailable(device: torch.device) -> Optional[str]:
         return f"cpm_kernels cannot start ({reason}): it needs Linux or Windows, an NVIDIA driver and the CUDA toolkit"
     if nvrtc.version[0] < 11 or not cudart.version or not cuda.version:
         return (
-            f"cpm_kernels found NVRTC {nvrtc.version}, CUDA runtime {cudart.version}, driver {cuda.version}, and needs "
+            f"cpm_kernels found NVRTC {nvrtc.version}, CUDA runtime {cudart.version}, driver {cuda.version}, but needs "
             "NVRTC 11 or later and both others: install the CUDA toolkit, and set CUDA_PATH to its folder (on Windows, "
             "put its bin folder on PATH)"
         )
     if not all(hasattr(base, name) for name in ("LazyKernelCModule", "KernelFunction")):
-        return "this cpm_kernels has no launcher for outside code: pip install cpm_kernels==1.0.11"
+        return "this version of cpm_kernels has no launcher for other kernels: pip install cpm_kernels==1.0.11"
     return None
 
 
 @torch.no_grad()
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
-    """x [N, in] times the restored weight, transposed, plus bias -> [N, out], in x's dtype.
+    """x [N, in] times the dequantized weight, transposed, plus bias -> [N, out], in x's dtype.
 
     x: float16, bfloat16 or float32, contiguous, N >= 0. weight: int8 [out, in], or [out, in / 2] packed (bits 4).
     weight_scale: [out] or [out, in / group_size], of any of those dtypes. bias: [out] or None. TypeError for others.
     """
     for name, tensor in (("x", x), ("weight_scale", weight_scale)):
         if tensor.dtype not in TYPES:
-            raise TypeError(f"{name} is {tensor.dtype}: the CUDA kernels take {', '.join(map(str, TYPES))}")
-    (rows, columns), (out, width) = x.shape, weight.shape  # width: bytes a row
+            raise TypeError(f"{name} is {tensor.dtype}: the CUDA kernels support {', '.join(map(str, TYPES))}")
+    (rows, columns), (out, width) = x.shape, weight.shape  # width: bytes per row
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     if 0 in (rows, columns, out):
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     bias = None if bias is None else bias.to(x.dtype)
     groups = weight_scale.shape[1] if weight_scale.dim() == 2 else 1
-    # what matvec reads at a time: 4 bytes of the weight, under one scale, and up to 16 of x
+    # matvec reads 4 bytes of the weight, with one scale, and up to 16 bytes of x at a time
     aligned = width % (4 * groups) == 0 and weight.data_ptr() % 4 == 0 and x.data_ptr() % 16 == 0
     if rows > FUSED_ROWS or not aligned:
         return dequantized_linear(x, weight, weight_scale, bias, bits, groups, y)
@@ -191,7 +190,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
 def dequantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int, groups: int, y: Tensor
 ) -> Tensor:
-    """y [N, out], a few of its columns at a time, each time from as many restored rows of the weight."""
+    """Compute y [N, out] a few columns at a time, from as many dequantized rows of the weight."""
     (out, width), columns = weight.shape, x.shape[1]
     kernel = function("dequantize", capability(x.device), bits, x.dtype, weight_scale.dtype, groups > 1, 1)
     step = max(1, min(out, PIECE // (columns * x.element_size())))
@@ -215,12 +214,12 @@ def capability(device: torch.device) -> int:
 
 
 def launch(kernel, grid: tuple, *arguments) -> None:
-    """Run the KernelFunction on its tensors' device, on torch's current stream there. None is a null pointer."""
+    """Launch the KernelFunction on the device of its tensors, on torch's current stream. None is a null pointer."""
     from cpm_kernels.library import cudart
 
     device = arguments[0].device
     with torch.cuda.device(device):
-        cudart.cudaSetDevice(torch.cuda.current_device())  # cpm_kernels asks its own copy of the CUDA runtime
+        cudart.cudaSetDevice(torch.cuda.current_device())  # cpm_kernels uses its own copy of the CUDA runtime
         params = [
             ctypes.c_int32(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
             for a in arguments
@@ -230,7 +229,7 @@ def launch(kernel, grid: tuple, *arguments) -> None:
 
 @functools.lru_cache(None)
 def function(name: str, arch: int, bits: int, x: torch.dtype, scale: torch.dtype, grouped: bool, rows: int):
-    """The kernel `name` for one kind of card and these types: a KernelFunction, which loads itself on each card."""
+    """The kernel `name` for one compute capability and these types, a KernelFunction that loads itself on each card."""
     from cpm_kernels.kernels.base import KernelFunction, LazyKernelCModule
 
     macros = {"BITS": bits, "X": TYPES[x], "SCALE": TYPES[scale], "GROUPED": int(grouped), "ROWS": rows}
@@ -239,7 +238,7 @@ def function(name: str, arch: int, bits: int, x: torch.dtype, scale: torch.dtype
 
 
 def build(arch: int, macros: list) -> bytes:
-    """GPU code for cards of capability `arch`; PTX, which the driver finishes, where NVRTC is older than the card."""
+    """Compile for compute capability `arch`, or to PTX, which the driver compiles, if NVRTC is older than the card."""
     from cpm_kernels.library import nvrtc
 
     program = nvrtc.nvrtcProgram()

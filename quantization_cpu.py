@@ -51,7 +51,7 @@ def cache_folder() -> str:
 
 
 def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
-    """("avx512" or "avx2", compiler options) for the instruction sets that this CPU reports, the fastest first."""
+    """Return ("avx512" or "avx2", compiler options) for each instruction set of this CPU, fastest first."""
     try:
         with open("/proc/cpuinfo") as file:
             known = set(next((line for line in file if line.startswith("flags")), "").split())
@@ -68,7 +68,7 @@ def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
 
 
 def compiled(kind: str, flags: Tuple[str, ...]) -> str:
-    """The path of the compiled library. Processes may compile concurrently: each renames a complete file into place."""
+    """Compile the library and return its path. Processes may overlap: each renames a complete file into place."""
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("gcc") or shutil.which("cc") or "gcc"]
     if not shutil.which(compiler[0]):
         raise OSError(f"no C compiler {compiler[0]} found: install gcc, or set CC to a compiler")
@@ -92,7 +92,7 @@ def compiled(kind: str, flags: Tuple[str, ...]) -> str:
 
 @functools.lru_cache(None)
 def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
-    """(the compiled library, "") or (None, why there is none and what would help)."""
+    """Return (the compiled library, "") or (None, the reason and the remedy)."""
     if platform.system() != "Linux" or not X86:
         return None, f"the C kernels need Linux on x86-64, this is {platform.system()} on {platform.machine()}"
     reason = "this CPU has neither AVX512-VNNI nor AVX2"
@@ -113,7 +113,7 @@ def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
 
 
 def unavailable(device: torch.device) -> Optional[str]:
-    """None where the compiled kernels run on `device`, else why not and what would help."""
+    """None if the compiled kernels run on `device`, else the reason and the remedy."""
     if device.type != "cpu":
         return "it runs on CPUs only: move the model with .cpu()"
     return load_library()[1] or None
@@ -127,14 +127,14 @@ def _padded(size: int, multiple: int) -> int:
 
 
 def _on_large_pages(size: int) -> Tensor:
-    """`size` bytes as int8, on 2 MiB pages where the system has them: 20% faster to read sequentially."""
+    """`size` bytes as int8, on 2 MiB pages if the system has them: 20% faster to read sequentially."""
     if size < 1 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.int8, device="cpu")
     page = 1 << 21
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # an operating system without them: ordinary pages hold the same bytes
+    except OSError:  # not supported: use ordinary pages
         pass
     whole = torch.frombuffer(memory, dtype=torch.int8)
     begin = -whole.data_ptr() % page
@@ -208,7 +208,7 @@ def _call(name, *arguments):
     getattr(load_library()[0], name)(*arguments, torch.get_num_threads())
 
 
-# A weight in the released packing goes to torch's operators: converting it for a single call would take longer.
+# A weight in the released packing uses torch's operators: converting it for a single call would take longer.
 FAMILY = Family(
     stock_linear, unavailable, Layout(torch.int8, layout_shape, fits_layout, to_layout, from_layout, linear)
 )

@@ -1,21 +1,21 @@
-"""The C source of the CPU kernels: `source(instructions)` is the whole file, for AVX512-VNNI or for AVX2.
+"""The C source of the CPU kernels: `source(instructions)` returns the whole file, for AVX512-VNNI or AVX2.
 
-The layout it reads: int8 [out / 32, in / step, 128], padded to whole blocks of 32 rows and 128 inputs. A step is 4
-inputs (int8) or 8 (int4) of 32 rows: byte 4 * row + input holds q + 128, or q + 8 with the next four inputs in the high
-nibble. Unsigned, since the dot product takes them so; the offset is taken back by sums that start at -128 or -8 times
-the sum of the group's inputs (AVX2 takes int8 with its sign, and starts at 0). The same layout serves one token and
-many, and both sets of instructions.
+Weight layout: int8 [out / 32, in / step, 128], padded to whole blocks of 32 rows and 128 inputs. A step is 4 inputs
+(int8) or 8 (int4) of 32 rows: byte 4 * row + input holds q + 128, or q + 8 with the next four inputs in the high
+nibble. The values are unsigned because the dot product instruction requires it; sums start at -128 or -8 times the sum
+of the group's inputs to cancel the offset (AVX2 uses signed int8 and starts at 0). The layout is the same for one token
+and many, and for both instruction sets.
 
-Only a group of inputs times 32 rows, the tile, differs: 512 bits wide by hand, or 256 bits wide by intrinsics.
+Only the tile, a group of inputs times 32 rows, differs: hand-written 512-bit assembly, or 256-bit intrinsics.
 """
 
-TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": (1, 2, 4)}  # tokens multiplied together: what the registers hold
+TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": (1, 2, 4)}  # tokens per tile, as many as the registers hold
 WIDEST = max(max(tokens) for tokens in TILES.values())
-AHEAD = 8192  # bytes of weights fetched before they are read: a sixth faster than what the hardware does by itself
+AHEAD = 8192  # prefetch distance in bytes of weights: a sixth faster than hardware prefetching alone
 
 
 def tile_source(bits: int, tokens: int) -> str:
-    """A group of inputs times 32 rows for `tokens` tokens, registers placed by hand: GCC spills the intrinsics' form.
+    """A group of inputs times 32 rows for `tokens` tokens, in assembly: GCC spills registers with intrinsics.
 
     zmm(2t), zmm(2t + 1): the sums of token t with rows 0-15 and 16-31. x: [input / 4][token][4] int8.
     """
@@ -80,7 +80,7 @@ typedef void (*tile)(const uint8_t *, const int8_t *, const int32_t *, const flo
 static inline long min(long a, long b) { return a < b ? a : b; }
 static inline long size_of(int type) { return type == FLOAT32 ? 4 : 2; }
 
-/* p[i] to p[i + 7] as floats; from the n-th on they are 0. */
+/* p[i] to p[i + 7] as floats, zeros after the first n. */
 static inline __m256 load(const void *p, int type, long i, long n) {
   char part[32] = {0};
   const char *at = (const char *)p + i * size_of(type);
@@ -96,7 +96,7 @@ static inline void store(void *p, int type, long i, long n, __m256 v) {
   if (type == FLOAT32) _mm256_storeu_ps((float *)part, v);
   else if (type == FLOAT16) {
     _mm_storeu_si128((__m128i *)part, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  } else {  // round to nearest even; a nan stays one
+  } else {  // round to nearest even; nan stays nan
     __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
@@ -112,7 +112,7 @@ static inline void scales_of(const void *scale, int type, long block, long out, 
   for (long r = 0; r < 32; r += 8) {
     const long row = block * 32 + r;
     if (groups == 1) _mm256_storeu_ps(s + r, load(scale, type, row, out - row));
-    for (long g = 0; g < groups && groups > 1; g += 8) {  /* 8 x 8 at a time: pairs of rows, of pairs, of fours */
+    for (long g = 0; g < groups && groups > 1; g += 8) {  /* transpose 8 x 8 at a time */
       __m256 a[8], b[8];
       for (long i = 0; i < 8; i++)
         a[i] = row + i < out ? load(scale, type, (row + i) * groups + g, groups - g) : _mm256_setzero_ps();
@@ -131,7 +131,7 @@ static inline void scales_of(const void *scale, int type, long block, long out, 
   }
 }
 
-/* One token to int8 a group at a time: q = round(x / scale), scale = max|x| / 127, start = -offset * sum(q). */
+/* Quantize one token to int8 by groups: q = round(x / scale), scale = max|x| / 127, start = -offset * sum(q). */
 static void quantize_token(const void *x, int type, long k, long padded, long group, int offset, long stride, int8_t *q,
                            float *scale, int32_t *start) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -148,7 +148,7 @@ static void quantize_token(const void *x, int type, long k, long padded, long gr
     _mm256_storeu_ps(lanes, largest);
     for (int i = 0; i < 8; i++) s = lanes[i] > s ? lanes[i] : s;
     s = _mm256_movemask_ps(nan) ? __builtin_nanf("") : s / 127;
-    const int usable = s > 1e-37f && s < __builtin_inff();  /* nan and inf give nan below */
+    const int usable = s > 1e-37f && s < __builtin_inff();  /* nan and inf become nan below */
     __m256i total = _mm256_setzero_si256();
     for (long i = 0; i < parts; i++) {
       __m256i rounded = _mm256_cvtps_epi32(_mm256_div_ps(v[i], _mm256_set1_ps(s)));
@@ -171,7 +171,7 @@ static void quantize_token(const void *x, int type, long k, long padded, long gr
 AVX2 = r"""
 enum { OFFSET_4 = 8, OFFSET_8 = 0 };
 
-/* sum + the products of unsigned and signed bytes, four a lane; each two of them must fit in 16 bits */
+/* sum + products of unsigned and signed bytes, four per lane; any two products must fit in 16 bits */
 static inline __m256i dot(__m256i sum, __m256i u, __m256i s) {
 #ifdef __AVXVNNI__
   return _mm256_dpbusd_avx_epi32(sum, u, s);
@@ -180,8 +180,8 @@ static inline __m256i dot(__m256i sum, __m256i u, __m256i s) {
 #endif
 }
 
-/* The same where u is a nibble: sums of 16 bits, which hold eight such dots, or of 32. The empty asm keeps the order in
-   which they are added: GCC's own runs out of registers. */
+/* The same for nibbles u: sums of 16 bits, which hold eight such dots, or of 32. The empty asm fixes the order of the
+   additions: GCC's own order runs out of registers. */
 static inline __m256i dot_nibbles(__m256i sum, __m256i u, __m256i s) {
 #ifdef __AVXVNNI__
   return dot(sum, u, s);
@@ -192,7 +192,7 @@ static inline __m256i dot_nibbles(__m256i sum, __m256i u, __m256i s) {
 #endif
 }
 
-/* What dot_nibbles added up, in 32 bits. */
+/* The sums of dot_nibbles in 32 bits. */
 static inline __m256i widened(__m256i sum) {
 #ifdef __AVXVNNI__
   return sum;
@@ -207,7 +207,7 @@ static inline __m256i quad(const int8_t *x) {
   return _mm256_set1_epi32(four);
 }
 
-/* 8 * parts rows together. int8 moves its sign to x: |w| times it is at most 2 * 128 * 127, which fits. */
+/* 8 * parts rows at a time. int8 moves the sign of w to x: two products are at most 2 * 128 * 127, which fits. */
 static inline __attribute__((always_inline)) void multiply(const uint8_t *w, const int8_t *x, const int32_t *start,
     const float *xs, const float *ws, float *sums, long steps, int bits, int tokens, int parts) {
   const __m256i nibble = _mm256_set1_epi8(15), highest = _mm256_set1_epi8(-128);
@@ -264,7 +264,7 @@ TILE(4, 1, 4) TILE(4, 2, 2) TILE(4, 4, 2) TILE(8, 1, 4) TILE(8, 2, 4) TILE(8, 4,
 """
 
 BODY = r"""
-/* The tile for so many tokens: the next larger one there is. */
+/* The number of tokens in the smallest tile that holds `tokens`. */
 static int width(long tokens) { return tokens > 8 ? WIDEST : tokens > 4 ? min(8, WIDEST) : tokens > 2 ? 4 : tokens; }
 
 /* y[n][out] = x[n][k] times the weight, plus bias, which has scale's type. groups: weight scales a row; group: inputs
@@ -284,7 +284,7 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
                    start + from * ng + t);
   }
   const long block_bytes = padded * 4 * bits, group_bytes = group * 4 * bits;
-  /* guided: long stretches of memory for a thread, yet all of them end together */
+  /* guided: long runs of memory per thread, and all threads finish together */
   #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long block = 0; block < blocks; block++) {
     float ws[groups * 32], sums[WIDEST * 32];
@@ -308,7 +308,7 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
   }
 }
 
-/* LANES weights of one input, as floats: the byte's `input` of so many rows. */
+/* Input number `input` of LANES rows, as floats. */
 static inline floats weight(words v, int bits, int input) {
   const int shift = bits == 4 ? 8 * (input & 3) + 4 * (input >> 2) : 8 * input;
 #ifdef __AVX512VNNI__
@@ -318,11 +318,11 @@ static inline floats weight(words v, int bits, int input) {
   return __builtin_convertvector((ints)(v >> shift & (bits == 4 ? 15 : 255)) - (bits == 4 ? 8 : 128), floats);
 }
 
-/* 32 rows for `n` tokens, a constant wherever this is inlined. */
+/* 32 rows for n tokens; n is a constant in each inlined copy. */
 static inline __attribute__((always_inline)) void exact(const float *x, const uint8_t *w, const float *ws, long padded,
                                                         long groups, long per_group, int bits, int n, float *sums) {
   const long inputs = bits == 4 ? 8 : 4;
-  for (int row = 0; row < 32; row += 2 * LANES) {  // two registers a token
+  for (int row = 0; row < 32; row += 2 * LANES) {  // two registers per token
     const uint8_t *at = w + 4 * row;
     floats total[WIDEST_EXACT][2] = {0};
     for (long g = 0; g < groups; g++) {
@@ -348,7 +348,7 @@ static inline __attribute__((always_inline)) void exact(const float *x, const ui
   }
 }
 
-/* The float32 form; x is padded to whole groups of 128, and from 3 tokens on to a multiple of 8. */
+/* The float32 version; x is padded to whole groups of 128, and from 3 tokens on to a multiple of 8 tokens. */
 void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, long n, long k,
                     long out, long groups, int bits, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, blocks = (out + 31) / 32, per_group = k / groups;
@@ -377,7 +377,7 @@ void linear_float32(const float *x, float *y, const uint8_t *w, const void *scal
 
 
 def source(instructions: str) -> str:
-    """The whole C file for "avx512" or "avx2": the tiles between the parts that all have in common."""
+    """Return the C file for "avx512" or "avx2": the tiles between the shared parts."""
     if instructions == "avx2":
         tiles = f"enum {{ AHEAD = {AHEAD} }};\n" + AVX2
     else:

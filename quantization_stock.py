@@ -1,9 +1,9 @@
-"""Int8 and int4 products from torch's own operators, for any CPU and system, where no C kernel can be compiled.
+"""Int8 and int4 products with torch's operators, for any CPU and system where no C kernel can be compiled.
 
 Float32 inputs, and weights with groups, are multiplied in float32. Half-precision inputs are multiplied by int8
 weights: few tokens in bfloat16 or as two int8 terms, more tokens as one int8 term, with outlier channels in float32.
-Int4 weights are unpacked some rows at a time. Where torch has a vectorized int4 product, they are kept in its layout
-instead, and few tokens are multiplied in bfloat16, with group scales rounded to bfloat16.
+Int4 weights are unpacked some rows at a time. If torch has a vectorized int4 product, they are kept in its layout, and
+few tokens are multiplied in bfloat16, with group scales rounded to bfloat16.
 """
 
 import functools
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from .quantization_format import Family, Layout, pack
 
-# Each method was measured to be the fastest up to this many tokens. Keys: whether torch has fast int8 products
-FEW_PACKED = {True: 48, False: 256}  # torch's int4 product; beyond, unpacking
-FEW_BFLOAT16 = {True: 12, False: 96}  # bfloat16; beyond, one int8 term, or float32
-FEW_INTEGERS = 4  # two int8 terms, where there is no bfloat16 product; beyond, one
-BLOCK = 1 << 22  # weights unpacked at a time; a quarter of it where they become float32
+# Each method was measured to be fastest up to this many tokens. Keys: whether torch has fast int8 products
+FEW_PACKED = {True: 48, False: 256}  # torch's int4 product; unpacking beyond
+FEW_BFLOAT16 = {True: 12, False: 96}  # bfloat16; one int8 term or float32 beyond
+FEW_INTEGERS = 4  # two int8 terms, without a bfloat16 product; one beyond
+BLOCK = 1 << 22  # weights unpacked at a time; a quarter of it for float32
 X86 = platform.machine() in ("x86_64", "AMD64")
 HALF = (torch.float16, torch.bfloat16)
 
 
 def unavailable(device: torch.device) -> Optional[str]:
-    """None on any CPU, else what would help."""
+    """None on any CPU, else the reason and the remedy."""
     return None if device.type == "cpu" else "it runs on CPUs only: move the model with .cpu()"
 
 
@@ -126,7 +126,7 @@ def to_layout(weight: Tensor, bits: int) -> Tensor:
 
 
 def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
-    """The inverse of `to_layout`: uint8 [out, in / 2] -> int8 [out, in / 2]."""
+    """Inverse of `to_layout`: uint8 [out, in / 2] -> int8 [out, in / 2]."""
     packed, rows = torch.empty_like(layout, dtype=torch.int8), _rows(in_features)
     for begin in range(0, out_features, rows):
         packed[begin : begin + rows] = pack(_from_blocks(layout[begin : begin + rows], rows_of_a_block()).t())
@@ -134,7 +134,7 @@ def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) 
 
 
 def _rows(in_features: int, weights: int = BLOCK) -> int:
-    """How many rows make up this many weights, in whole blocks of torch's int4 layout."""
+    """Number of rows with this many weights, in whole blocks of torch's int4 layout."""
     return max(weights // max(in_features, 1) // 64, 1) * 64
 
 
@@ -160,7 +160,7 @@ def _packed_product(x: Tensor, layout: Tensor, weight_scale: Tensor) -> Tensor:
 # ---- unpacking ------------------------------------------------------------------------------------------------------
 
 
-# Each returns the weight of some rows transposed, int8 [in, rows].
+# Each returns some rows of the weight, transposed: int8 [in, rows].
 
 
 def _from_pairs(packed: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ def linear_in_layout(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Opti
 def _by_rows(x, weight, weight_scale, bias, bits, transposed, ordered=lambda inputs: inputs) -> Tensor:
     """x [N, in] -> [N, out], some rows of the weight at a time.
 
-    `transposed` gives the int8 [in, rows] of these rows, `ordered` brings [N, in] into the same order of inputs.
+    `transposed` returns these rows as int8 [in, rows]; `ordered` brings [N, in] into the same order of inputs.
     """
     (n, k), out, dtype = x.shape, weight_scale.shape[0], x.dtype
     x = ordered(x.float())
@@ -249,10 +249,10 @@ def _by_float32(x: Tensor):
 
 
 def _by_integers(x: Tensor, bits: int):
-    """The fastest method for this number of tokens; q is int8."""
+    """Choose the fastest method for this number of tokens; q is int8."""
     n, k = x.shape
     integers = multiplies_integers(bits)
-    if n <= FEW_BFLOAT16[integers] and k % 16 == 0 and has_vector_loops():  # for other k torch reads past the rows
+    if n <= FEW_BFLOAT16[integers] and k % 16 == 0 and has_vector_loops():  # otherwise torch reads past the rows
         return _by_bfloat16(x, bits)
     if not integers:
         return _by_float32(x)
@@ -261,7 +261,7 @@ def _by_integers(x: Tensor, bits: int):
 
 def _by_bfloat16(x: Tensor, bits: int):
     x = x.to(torch.bfloat16)
-    rows = _rows(x.shape[1], BLOCK if bits == 4 else 1 << 62)  # int8 is read in place, all rows at once
+    rows = _rows(x.shape[1], BLOCK if bits == 4 else 1 << 62)  # int8 is read in place: all rows at once
     return (lambda q: torch._weight_int8pack_mm(x, q.t(), x.new_ones(q.shape[1]))), rows
 
 

@@ -1,23 +1,22 @@
-"""Weight-only INT8 and INT4 linear kernels in Triton, for every GPU that Triton compiles for (NVIDIA and ROCm).
+"""Weight-only INT8 and INT4 linear kernels in Triton, for every GPU that Triton supports (NVIDIA and ROCm).
 
     y[n, o] = bias[o] + scale[o] * sum_k q[o, k] * x[n, k]        (a scale per group of k: inside the sum)
 
-The weight stays in the released packing. Sums are float32, and nothing is added atomically: the same input gives the
-same bits each time. Which kernel computes, by the rows of x:
+The weight stays in the released packing. Sums are float32 and use no atomics, so results are deterministic. The rows of
+x choose the kernel:
 
-- `_skinny`, 1 to 16 rows: bound by reading the weight. A program computes a few outputs; its warps share the columns
-  out among them, restore the weight in registers and multiply on the tensor cores, for one row, too: taking a byte of
-  int4 apart and adding it up in float32 would cost 11 machine instructions, and this way it costs 4 to 5.
-- `_tile`, up to FUSED_ROWS: the restored tile of the weight is the left operand of `tl.dot`, x (transposed) the right
-  one.
-- `_dequantize`, for more rows: PIECE bytes of the weight at a time are restored to x's dtype and multiplied by torch.
-- `_matvec`, one row in float32, or on a card without tensor cores for x's dtype, for which more rows than one go
-  through `_dequantize`.
+- `_skinny`, 1 to 16 rows: bound by reading the weight. A program computes a few outputs; its warps split the columns,
+  dequantize the weight in registers and multiply on the tensor cores, even for one row: that takes 4 to 5 machine
+  instructions per byte of int4; unpacking it and summing in float32 would take 11.
+- `_tile`, up to FUSED_ROWS: the dequantized tile of the weight is the left operand of `tl.dot`, x (transposed) the
+  right one.
+- `_dequantize`, for more rows: PIECE bytes of the weight at a time are dequantized to x's dtype; torch multiplies.
+- `_matvec`, one row in float32, or on a card without tensor cores for x's dtype; there, more rows use `_dequantize`.
 
-A byte of int4 holds an even and an odd column. They are never put side by side: the sum over the even columns and the
-sum over the odd ones are two products, and x is split instead (it is the small one).
+A byte of int4 holds an even and an odd column. They are not interleaved: even and odd columns are two products, and x,
+the smaller operand, is split instead.
 
-Tile sizes stand in `tile_for`: nothing is timed while a model runs. `python benchmarks gpu --only tune` times others.
+Tile sizes are fixed in `tile_for`; nothing is tuned at run time. `python benchmarks gpu --only tune` times others.
 """
 
 from __future__ import annotations
@@ -30,36 +29,38 @@ from torch import Tensor
 
 from .quantization_format import Family
 
-SKINNY_ROWS, FUSED_ROWS = 16, 256  # up to which `_skinny`, and `_tile`, compute
-PIECE = 32 << 20  # bytes of restored weight that `_dequantize` may hold
+SKINNY_ROWS, FUSED_ROWS = 16, 256  # most rows for `_skinny`, and for `_tile`
+PIECE = 32 << 20  # most bytes of dequantized weight at a time
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-tl = None  # triton.language: Triton looks a kernel's names up among this module's globals, where `kernels` puts it
+tl = None  # triton.language, set by `kernels`: Triton looks up a kernel's names among this module's globals
 
 
 def unavailable(device: torch.device) -> Optional[str]:
-    """None where the kernels run on `device`, else one sentence: why not, and what would make them run."""
+    """None if the kernels run on `device`, else one sentence with the reason and the remedy."""
     if device.type != "cuda":
         return f"the Triton kernels need a CUDA or ROCm GPU, not {device.type}: move the model with .to('cuda')"
     try:
         import triton
 
         if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2):
-            return f"Triton {triton.__version__} cannot compile the kernels: Triton 3.2, which torch 2.6 brings, can"
+            return f"Triton {triton.__version__} cannot compile the kernels: they need 3.2, which comes with torch 2.6"
         with torch.cuda.device(device):
             target = triton.runtime.driver.active.get_current_target()  # builds Triton's launcher with the C compiler
     except ImportError as error:
         return f"Triton cannot be imported ({error}): pip install triton (on Windows triton-windows)"
-    except Exception as error:  # whatever keeps the launcher from starting, a model that can go without it goes on
+    except Exception as error:  # whatever the launcher raises, another backend may still work
         reason = " ".join(str(error).split())
-        return f"Triton cannot start ({reason}): it needs the GPU's driver, and gcc, clang or CC set to a C compiler"
+        return (
+            f"Triton cannot start ({reason}): it needs the GPU's driver and a C compiler: gcc, clang, or the one in CC"
+        )
     if target.backend == "cuda" and target.arch < 75:
         capability = f"{target.arch // 10}.{target.arch % 10}"
-        return f"Triton needs compute capability 7.5 or later, and this card has {capability}: use backend='cpm'"
+        return f"Triton needs compute capability 7.5 or later, but this card has {capability}: use backend='cpm'"
     return None
 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
-    """x [N, in] times the restored weight, transposed, plus bias -> [N, out], in x's dtype.
+    """x [N, in] times the dequantized weight, transposed, plus bias -> [N, out], in x's dtype.
 
     x: float16, bfloat16 or float32, contiguous, N >= 0. weight: int8 [out, in], or [out, in / 2] packed (bits 4).
     weight_scale: [out] or [out, in / group_size], any float dtype. bias: [out] or None. TypeError for another x.
@@ -67,17 +68,17 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
     if x.is_cuda and x.get_device() != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device_of(x):
             return linear(x, weight, weight_scale, bias, bits)
-    rows, (out, width) = x.shape[0], weight.shape  # width: bytes a row
-    group = width // weight_scale.shape[1] if weight_scale.dim() == 2 else 0  # bytes under one scale, 0: the whole row
+    rows, (out, width) = x.shape[0], weight.shape  # width: bytes per row
+    group = width // weight_scale.shape[1] if weight_scale.dim() == 2 else 0  # bytes per scale; 0: one scale per row
     kernel, launch = plan(rows, out, width, bits, x.dtype, group, x.device)
     if launch is None:
         return dequantized_linear(x, weight, weight_scale, bias, bits, group)
     y = x.new_empty(rows, out)
-    if kernel == "tile" and bits == 4:  # [N, even columns | odd columns]: tiles that load without a stride
+    if kernel == "tile" and bits == 4:  # [N, even columns | odd columns]: tiles load without a stride
         x = x.view(rows, width, 2).transpose(1, 2).contiguous()
-    elif bits == 4 and x.data_ptr() % (2 * x.element_size()):  # it is read in words of an even and an odd column
+    elif bits == 4 and x.data_ptr() % (2 * x.element_size()):  # x is read in words of an even and an odd column
         x = x.clone()
-    # one build with and without a bias: where there is none, a pointer stands for it that is not read
+    # one build with and without a bias: without one, any pointer is passed and not read
     bias_or_any, has_bias = (weight_scale, 0) if bias is None else (bias, 1)
     launch(x, weight, weight_scale, bias_or_any, y, rows, width, out, has_bias)
     return y
@@ -87,13 +88,13 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
 def dequantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int, group: int
 ) -> Tensor:
-    """`linear` by restoring the weight, a few of its rows at a time, each product rounded to x's dtype."""
+    """`linear` by dequantizing a few rows of the weight at a time; products are rounded to x's dtype."""
     (rows, columns), (out, width) = x.shape, weight.shape
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     if 0 in (rows, columns, out):
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     bias = None if bias is None else bias.to(x.dtype)
-    step = min(out, max(128, PIECE // (columns * x.element_size()) // 128 * 128))  # odd heights are slow in torch's mm
+    step = min(out, max(128, PIECE // (columns * x.element_size()) // 128 * 128))  # torch's mm is slow for odd heights
     piece = torch.empty(step, columns, dtype=x.dtype, device=x.device)
     constants = dict(BITS=bits, X=getattr(kernels()["tl"], DTYPES[x.dtype]), GROUP=group, BLOCK_O=4, BLOCK_P=512)
     for i in range(0, out, step):
@@ -107,19 +108,19 @@ def dequantized_linear(
     return y
 
 
-# ---- which kernel, in which tiles -----------------------------------------------------------------------------------
+# ---- choice of kernel and tile --------------------------------------------------------------------------------------
 
 
 class Tile(NamedTuple):
     """What a program computes: `rows` of x times `outs` outputs, `columns` bytes of the weight at a time in each slice.
 
-    `stages` - 1 such tiles are on their way while one is multiplied.
+    `stages` - 1 more tiles are loading while one is multiplied.
     """
 
     rows: int
     outs: int
     columns: int
-    slices: int  # of the columns, `_skinny` only: a warp each
+    slices: int  # of the columns, `_skinny` only: one warp each
     warps: int
     stages: int
 
@@ -127,7 +128,7 @@ class Tile(NamedTuple):
 def tile_for(kernel: str, rows: int, out: int, bits: int) -> Tile:
     """The tile of a kernel: the fastest of those that `python benchmarks gpu --only tune` timed on an H200.
 
-    As few as there can be: each is compiled at its first use, about a second.
+    There are few, because each is compiled at first use, in about a second.
     """
     if kernel == "matvec":
         return Tile(1, 8, 512, 1, 4, 1)
@@ -140,9 +141,9 @@ def tile_for(kernel: str, rows: int, out: int, bits: int) -> Tile:
 
 @functools.lru_cache(4096)
 def plan(rows: int, out: int, width: int, bits: int, dtype: torch.dtype, group: int, device: torch.device) -> tuple:
-    """(name of the kernel, its launch without the tensors) for a product; launch is None: restore the weight."""
+    """Return (kernel name, its launch without the tensors); launch is None if the weight must be dequantized."""
     if dtype not in DTYPES:
-        raise TypeError(f"x is {dtype}: the Triton kernels take {', '.join(map(str, DTYPES))}")
+        raise TypeError(f"x is {dtype}: the Triton kernels support {', '.join(map(str, DTYPES))}")
     tensor_cores = has_tensor_cores(dtype, device)
     kernel = "skinny" if rows <= SKINNY_ROWS else "tile" if rows <= FUSED_ROWS else None
     if not tensor_cores:
@@ -155,12 +156,14 @@ def plan(rows: int, out: int, width: int, bits: int, dtype: torch.dtype, group: 
         BITS=bits,
         X=getattr(language, DTYPES[dtype]),
         GROUP=group,
-        SEGMENT=min(group & -group, 32) or 16,  # bytes under one scale, at least: a power of two
+        SEGMENT=min(group & -group, 32) or 16,  # a power of two of bytes that share a scale
         BLOCK_O=tile.outs,
         BLOCK_P=tile.columns,
         num_warps=tile.warps,
-        num_stages=tile.stages if torch.version.hip is None else min(tile.stages, 2),  # 64 KiB of shared memory there
-        enable_fp_fusion=True,  # multiply-adds, which Triton 3.10 no longer makes unless told to
+        num_stages=tile.stages
+        if torch.version.hip is None
+        else min(tile.stages, 2),  # ROCm has 64 KiB of shared memory
+        enable_fp_fusion=True,  # multiply-adds, which Triton 3.10 no longer makes by default
     )
     programs = (-(-out // tile.outs),)
     if kernel != "matvec":
@@ -168,24 +171,24 @@ def plan(rows: int, out: int, width: int, bits: int, dtype: torch.dtype, group: 
         constants.update(BLOCK_N=tile.rows, PTX=PTX[bits, dtype] if nvidia else None)
     if kernel == "skinny":
         constants.update(SLICES=tile.slices)
-    if kernel == "tile":  # the tiles of x take turns at one tile of the weight, which stays in the cache
+    if kernel == "tile":  # all tiles of x per tile of the weight, which stays in the cache
         programs = (-(-rows // tile.rows), *programs)
     return kernel, functools.partial(kernels()[kernel][programs], **constants)
 
 
 def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether Triton makes tensor-core instructions for this dtype: for Turing (7.5) it makes none."""
-    if dtype == torch.float32:  # TF32 would cost accuracy
+    """Whether Triton uses tensor cores for this dtype; on Turing (7.5) it does not."""
+    if dtype == torch.float32:  # TF32 would lose accuracy
         return False
     return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # ---- the kernels: plain functions until `kernels` wraps them, so that importing this file imports no Triton ---------
 
-# Four bytes of a weight, the last operand, to their columns as pairs of x's dtype: int4 to the even columns ($0, $1)
-# and the odd ones ($2, $3), int8 to $0 and $1. It is what `_int4_half` and `_int8_half` say, two weights at a time,
-# which the compiler does not find by itself. An integer with its sign bit flipped becomes the low mantissa bits of 1024
-# (float16), 128 (bfloat16) or 2^23 (int8 for bfloat16, whose mantissa is too short); lop3 0x6a is (a & b) ^ c.
+# Converts four bytes of a weight, the last operand, to columns as pairs of x's dtype: int4 to even columns ($0, $1) and
+# odd ones ($2, $3), int8 to $0 and $1. The same as `_int4_half` and `_int8_half`, but two weights at a time, which the
+# compiler does not do by itself. An integer with its sign bit flipped becomes the low mantissa bits of 1024 (float16),
+# 128 (bfloat16) or 2^23 (int8 for bfloat16, whose mantissa is too short); lop3 0x6a is (a & b) ^ c.
 PTX = {
     (4, torch.float16): """{
         .reg .b32 a, b, c, d;
@@ -250,11 +253,11 @@ PTX = {
 
 
 def _int4(packed):
-    """(even, odd) columns, float32, of int8 bytes holding two's complement nibbles, the even column's in the high one.
+    """Bytes of two's complement nibbles to (even, odd) columns in float32; the even column is in the high nibble.
 
     A nibble with its sign bit flipped becomes the low mantissa bits of 2^23; subtracting 2^23 and the 8 that the flip
-    added leaves the value. It is exact, and needs no integer-to-float instruction, which NVIDIA's cards issue at a
-    fraction of the rate. The high nibble is not shifted: it stands 16 times too high, and a multiply-add corrects that.
+    added leaves the value. This is exact and needs no integer-to-float instruction, which NVIDIA's cards issue at a
+    fraction of the rate. The high nibble is not shifted: it is 16 times too large, and a multiply-add corrects that.
     """
     packed = packed.to(tl.int32)
     even = ((packed & 0xF0) ^ 0x4B000080).to(tl.float32, bitcast=True) * 0.0625 - 524296.0
@@ -263,12 +266,12 @@ def _int4(packed):
 
 
 def _int8(byte):
-    """int8 as float32, by the same way."""
+    """int8 to float32 in the same way."""
     return ((byte.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
 
 
 def _int4_half(packed, X: tl.constexpr, PTX: tl.constexpr):
-    """`_int4` in X, float16 or bfloat16; every step is exact there, too. PTX: the instructions, where they run."""
+    """`_int4` in X, float16 or bfloat16; every step is exact there, too. PTX: inline instructions, or None."""
     if PTX is not None and X == tl.float16:
         operands: tl.constexpr = "=&r,=&r,=&r,=&r,r"
         return tl.inline_asm_elementwise(PTX, operands, [packed], (tl.float16, tl.float16), is_pure=True, pack=4)
@@ -298,7 +301,7 @@ def _int8_half(byte, X: tl.constexpr, PTX: tl.constexpr):
 
 
 def _pair(word, X: tl.constexpr):
-    """(even, odd) columns of x from words of two."""
+    """Split words of two columns of x into (even, odd)."""
     if X == tl.float32:
         even, odd = word.to(tl.int32), (word >> 32).to(tl.int32)
     else:
@@ -307,7 +310,7 @@ def _pair(word, X: tl.constexpr):
 
 
 def _words(x_ptr, X: tl.constexpr):
-    """x's address, as of words of two columns."""
+    """The address of x as a pointer to words of two columns."""
     if X == tl.float32:
         return x_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
     else:
@@ -315,7 +318,7 @@ def _words(x_ptr, X: tl.constexpr):
 
 
 def _finish(sums, outs, out, scale_ptr, bias_ptr, has_bias, GROUP: tl.constexpr):
-    """Finished float32 sums [BLOCK_O, ...] of `outs`, times the scale of a row, plus the bias."""
+    """Multiply the float32 sums [BLOCK_O, ...] of `outs` by the scales of their rows and add the bias."""
     if not GROUP:
         sums *= tl.load(scale_ptr + outs, outs < out, other=0).to(tl.float32)
     return sums + tl.load(bias_ptr + outs, outs < out * has_bias, other=0).to(tl.float32)
@@ -328,7 +331,7 @@ def _matvec(
 ):  # fmt: skip
     """One row of x without tensor cores: a program computes BLOCK_O outputs, BLOCK_P bytes at a time.
 
-    A thread streams runs of 16 bytes and sums its own columns.
+    A thread reads runs of 16 bytes and sums its own columns.
     """
     outs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     segments = tl.arange(0, BLOCK_P // SEGMENT) * SEGMENT
@@ -362,13 +365,13 @@ def _skinny(
 ):  # fmt: skip
     """A few rows of x: a program computes [BLOCK_O, BLOCK_N] of y, transposed, SLICES * BLOCK_P bytes at a time.
 
-    The slices are the batch of a batched product, which Triton gives a warp each; their sums are added at the end.
-    With groups, a restored weight q * scale is rounded to x's dtype, as a dequantized one is.
+    The slices are the batch of a batched product, for which Triton uses one warp each; their sums are added at the end.
+    With groups, q * scale is rounded to x's dtype, as in a dequantized weight.
     """
     outs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     ns = tl.arange(0, BLOCK_N)
     cols = (tl.arange(0, SLICES) * BLOCK_P)[:, None] + tl.arange(0, BLOCK_P)[None, :]
-    held = tl.minimum(outs, out - 1).to(tl.int64)  # rows beyond the last repeat it, and are not stored
+    held = tl.minimum(outs, out - 1).to(tl.int64)  # rows past the end repeat the last one and are not stored
     w_ptrs = weight_ptr + held[None, :, None] * width + cols[:, None, :]
     x_words = _words(x_ptr, X) if BITS == 4 else x_ptr
     x_ptrs = x_words + (ns.to(tl.int64) * width)[None, None, :] + cols[:, :, None]
@@ -408,7 +411,7 @@ def _tile(
 ):  # fmt: skip
     """Program (i, j) computes [BLOCK_O, BLOCK_N] of y, transposed, BLOCK_P bytes at a time; int4's x is [N, 2, width].
 
-    Groups are as in `_skinny`.
+    Groups as in `_skinny`.
     """
     outs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     ns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -445,10 +448,10 @@ def _tile(
 
 
 def _dequantize(
-    weight_ptr, scale_ptr, restored_ptr, width, out,
+    weight_ptr, scale_ptr, y_ptr, width, out,
     BITS: tl.constexpr, X: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """restored [out, in] = q * scale, rounded to X. Program (i, j): BLOCK_P bytes of BLOCK_O rows."""
+    """y [out, in] = q * scale, rounded to X. Program (i, j): BLOCK_P bytes of BLOCK_O rows."""
     outs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     cols = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     offsets = outs[:, None].to(tl.int64) * width + cols[None, :]
@@ -461,24 +464,24 @@ def _dequantize(
         scales = tl.load(scale_ptr + outs, outs < out, other=0).to(tl.float32)[:, None]
     if BITS == 4:
         even, odd = _int4(w)
-        restored = tl.reshape(tl.join((even * scales).to(X), (odd * scales).to(X)), [BLOCK_O, 2 * BLOCK_P])
+        y = tl.reshape(tl.join((even * scales).to(X), (odd * scales).to(X)), [BLOCK_O, 2 * BLOCK_P])
         cols = tl.program_id(0) * 2 * BLOCK_P + tl.arange(0, 2 * BLOCK_P)
         inside = (outs[:, None] < out) & (cols[None, :] < 2 * width)
-        tl.store(restored_ptr + outs[:, None].to(tl.int64) * (2 * width) + cols[None, :], restored, inside)
+        tl.store(y_ptr + outs[:, None].to(tl.int64) * (2 * width) + cols[None, :], y, inside)
     else:
-        tl.store(restored_ptr + offsets, (_int8(w) * scales).to(X), inside)
+        tl.store(y_ptr + offsets, (_int8(w) * scales).to(X), inside)
 
 
 @functools.lru_cache(None)
 def kernels() -> dict:
-    """The kernels by name, ready to launch, and triton.language as "tl". The first call imports Triton."""
+    """Return the kernels by name, ready to launch, and triton.language as "tl". The first call imports Triton."""
     import triton
     import triton.language
 
     names = globals()
     names["tl"] = triton.language
     for helper in (_int4, _int8, _int4_half, _int8_half, _pair, _words, _finish):
-        names[helper.__name__] = triton.jit(getattr(helper, "fn", helper))  # two threads may come here at once
+        names[helper.__name__] = triton.jit(getattr(helper, "fn", helper))  # another thread may have wrapped it
     jit = triton.jit(do_not_specialize=["rows", "has_bias"])  # one build for every N, with and without a bias
     products = {"matvec": jit(_matvec), "skinny": jit(_skinny), "tile": jit(_tile)}
     return {**products, "dequantize": triton.jit(_dequantize), "tl": triton.language}

@@ -1,9 +1,9 @@
-"""ChatGLM2's tokenizer: a SentencePiece BPE with byte fallback, five commands behind it, and the only chat prompt.
+"""The ChatGLM2 tokenizer: a SentencePiece BPE with byte fallback, five command tokens, and the chat prompt.
 
     tokenizer("你好")["input_ids"]  ->  [gMASK] sop 你 好, as [64790, 64792, 36474, 54591]
 
-Text never turns into a special id: a user who types "[gMASK]" or "</s>" sends plain pieces. Special ids come from
-`get_command` and `build_inputs_with_special_tokens` alone.
+Text never encodes to a special id: "[gMASK]" or "</s>" in user input become ordinary pieces. Special ids come only
+from `get_command` and `build_inputs_with_special_tokens`.
 """
 
 import inspect
@@ -21,21 +21,21 @@ COMMANDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 
 class SPTokenizer:
-    """The SentencePiece model and the commands numbered behind its pieces.
+    """The SentencePiece model, with the commands numbered after its pieces.
 
     Attributes that converters read: `sp_model` (SentencePieceProcessor), `special_tokens` (command -> id),
     `index_special_tokens` (id -> command), `n_words`, `bos_id`, `eos_id`, `pad_id`.
 
     Raises:
-        ValueError: there is no file `model_path`, or it is not a SentencePiece model, cut short for example. (Not an
-            OSError, in whose place `from_pretrained` says something vaguer.)
+        ValueError: `model_path` is missing, or not a SentencePiece model (an incomplete download, for example). Not an
+            OSError, which `from_pretrained` would replace by a vaguer message.
     """
 
     def __init__(self, model_path):
         if model_path is None or not os.path.isfile(model_path):
             raise ValueError(
-                f"tokenizer.model is missing (looked for {model_path}). It belongs to the weights: copy it into the "
-                "folder that is loaded."
+                f"tokenizer.model is missing (looked for {model_path}). It comes with the weights: copy it into the "
+                "model directory."
             )
         self.sp_model = SentencePieceProcessor()
         try:
@@ -43,7 +43,7 @@ class SPTokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"{model_path} ({os.path.getsize(model_path)} bytes) is not a SentencePiece model; the download may "
-                "have been cut short (a Git LFS pointer is about 130 bytes). Copy the file again."
+                "be incomplete (a Git LFS pointer has about 130 bytes). Download the file again."
             ) from error
         size = self.sp_model.vocab_size()
         self.special_tokens = {command: size + i for i, command in enumerate(COMMANDS)}
@@ -55,24 +55,24 @@ class SPTokenizer:
 
     @cached_property
     def _tokenizer(self):
-        """A decoder of the same text in Rust, under the name by which `transformers serve` asks for one."""
+        """A decoder of the same text in Rust, under the name that `transformers serve` looks up."""
         vocab, silent = self.get_vocab(), (self.sp_model.unk_id(), self.bos_id, self.eos_id)
         hidden = [piece for piece, i in vocab.items() if i in self.index_special_tokens or i in silent]
         return rust_decoder(vocab, hidden)
 
     def get_vocab(self):
-        """token -> id, the pieces and the commands."""
+        """Return {token: id} of the pieces and the commands."""
         pieces = {self.sp_model.IdToPiece(i): i for i in range(self.sp_model.vocab_size())}
         return {**pieces, **self.special_tokens}
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
-    """Tokenizer of ChatGLM2, with left padding and `position_ids` among its outputs.
+    """The ChatGLM2 tokenizer: pads on the left, and returns `position_ids` among its outputs.
 
     Args:
-        vocab_file: path of `tokenizer.model`.
-        padding_side: "left", so that the last column of a batch holds each row's last token.
-        **kwargs: as for every tokenizer of transformers.
+        vocab_file: path to `tokenizer.model`.
+        padding_side: "left", so that the last column of a batch holds the last token of each row.
+        **kwargs: as for any transformers tokenizer.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -91,7 +91,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self._read_chat_template()
 
     def _read_chat_template(self):
-        """Take the template from its file, for the releases of transformers that do not look for one there."""
+        """Read the template from its file, for releases of transformers that do not read it."""
         path = os.path.join(os.path.dirname(self.vocab_file), CHAT_TEMPLATE_FILE)
         if getattr(self, "chat_template", None) is None and os.path.isfile(path):
             with open(path, encoding="utf-8") as f:
@@ -101,27 +101,27 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self):
-        """Pieces and commands; the model's embedding may be padded beyond."""
+        """Number of pieces and commands; the model's embedding may be padded to more."""
         return self.tokenizer.n_words
 
     def get_vocab(self):
-        """token -> id, one name for every id below `vocab_size`, and the tokens that a user added."""
+        """Return {token: id}: one token for every id below `vocab_size`, and tokens added by the user."""
         return {**self.tokenizer.get_vocab(), **self.get_added_vocab()}
 
     def get_command(self, token):
-        """Id of a command: [MASK], [gMASK], [sMASK], sop, eop, or <bos>, <eos>, <pad>.
+        """Return the id of a command: [MASK], [gMASK], [sMASK], sop, eop, or <bos>, <eos>, <pad>.
 
         Raises:
-            ValueError: `token` is none of these.
+            ValueError: `token` is not one of them.
         """
         words = self.tokenizer
         commands = {**words.special_tokens, "<bos>": words.bos_id, "<eos>": words.eos_id, "<pad>": words.pad_id}
         if token not in commands:
-            raise ValueError(f"{token!r} is not a command. Give one of {', '.join(commands)}.")
+            raise ValueError(f"{token!r} is not a command: use one of {', '.join(commands)}.")
         return commands[token]
 
     def get_prefix_tokens(self):
-        """The ids that stand in front of every text: [gMASK] sop."""
+        """Return the ids in front of every text: [gMASK] sop."""
         return [self.get_command("[gMASK]"), self.get_command("sop")]
 
     def _convert_token_to_id(self, token):
@@ -130,7 +130,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.tokenizer.sp_model.PieceToId(token)
 
     def _convert_id_to_token(self, index):
-        """The piece of an id; "" for the special ids and for those of the padded embedding."""
+        """Return the piece of an id; "" for special ids and for ids of the padded embedding."""
         return self.tokenizer.sp_model.IdToPiece(index) if self._is_text(index) else ""
 
     def _is_text(self, index):
@@ -143,9 +143,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # Text to ids and back
 
     def tokenize(self, text, pair=None, add_special_tokens=False, **kwargs):
-        """Pieces of `text`; only tokens that a user added are kept whole, the built-in special ones are plain text."""
+        """Split `text` into pieces. Tokens added by the user are kept whole; built-in special tokens are plain text."""
         if pair is not None or add_special_tokens:
-            raise ValueError("tokenize() takes one text and adds nothing; call the tokenizer itself for ids.")
+            raise ValueError("tokenize() takes one text and adds no special tokens; call the tokenizer itself for ids.")
         added = self._user_added_vocab()
         if not added:
             return self._tokenize(text)
@@ -157,13 +157,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.tokenizer.sp_model.EncodeAsPieces(text)
 
     def convert_tokens_to_string(self, tokens):
-        """Text of a list of pieces; special tokens give nothing."""
+        """Join pieces to text; special tokens give no text."""
         return self._decode(self.convert_tokens_to_ids(tokens))
 
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs):
-        """Text of ids. Special ids, and ids that only the padded embedding has, give nothing.
+        """Decode ids to text. Special ids and ids of the padded embedding give no text.
 
-        One special id by itself, not in a list, gives its name: that is how evaluation tools ask what "</s>" is.
+        A single special id, passed as an int, gives its name: evaluation tools look up "</s>" this way.
         """
         if isinstance(token_ids, int) and not skip_special_tokens and token_ids in self.all_special_ids:
             return next((token for token, i in self.builtin_tokens.items() if i == token_ids), "")
@@ -176,16 +176,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             "".join(added[i] for i in run) if is_added else self.tokenizer.sp_model.DecodeIds(list(run))
             for is_added, run in runs
         )
-        clean = getattr(self, "clean_up_tokenization", str)  # transformers 5.0 has none
+        clean = getattr(self, "clean_up_tokenization", str)  # missing in transformers 5.0
         return clean(text) if clean_up_tokenization_spaces else text
 
     def without_half_character(self, ids):
-        """`ids` up to the last whole character, without those that give no text.
+        """Return `ids` up to the last complete character, without ids that give no text.
 
-        Byte fallback spells a rare character with one id a byte, so a stream can stand inside it.
+        Byte fallback encodes a rare character with one id per byte, so a stream can stop in the middle of one.
         """
         pieces, added = self.tokenizer.sp_model, set(self._user_added_vocab().values())
-        ids = [i for i in ids if self._is_text(i) or i in added]  # what gives no text may stand within a character
+        ids = [i for i in ids if self._is_text(i) or i in added]  # others may occur within a character
         for count, i in enumerate(reversed(ids[-3:]), start=1):  # a character has at most four bytes
             if not (self._is_text(i) and pieces.IsByte(i)):
                 break
@@ -200,22 +200,22 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # Ids to model inputs
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
-        """[gMASK] sop A, or [gMASK] sop A B </s> for a pair."""
+        """Add special tokens: [gMASK] sop A, or [gMASK] sop A B </s> for a pair."""
         ids = self.get_prefix_tokens() + list(token_ids_0)
         return ids if token_ids_1 is None else ids + list(token_ids_1) + [self.get_command("<eos>")]
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
-        """1 for [gMASK], sop and every other special id, 0 for text."""
+        """Return 1 for [gMASK], sop and every other special id, 0 for text."""
         if not already_has_special_tokens:
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         return [int(not self._is_text(i)) for i in token_ids_0]
 
     def create_token_type_ids_from_sequences(self, token_ids_0, token_ids_1=None):
-        """Zeros: ChatGLM2 has no segments."""
+        """Return zeros: ChatGLM2 has no segments."""
         return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def _pad(self, encoded_inputs, *args, **kwargs):
-        """Pad one row; `position_ids` count its real tokens from 0, and padding has position 0."""
+        """Pad one row. `position_ids` count real tokens from 0; padding has position 0."""
         length = len(encoded_inputs["input_ids"])
         mask = encoded_inputs.get("attention_mask", [1] * length)
         positions = encoded_inputs.pop("position_ids", None)
@@ -230,20 +230,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # Chat
 
     def build_prompt(self, query, history=None):
-        """The prompt of a chat's next round.
+        """Build the chat prompt.
 
         Args:
-            query: what the user says now.
-            history: (query, response) of the rounds before, oldest first.
+            query: the user's message.
+            history: earlier rounds as (query, response), oldest first.
 
         Returns:
-            The text; tokenize it with special tokens to get the model's input.
+            The text; encode it with special tokens to get the model's input.
         """
         rounds = [*(history or []), (query, None)]
         return "".join(self.build_round(i, q, r) for i, (q, r) in enumerate(rounds, start=1))
 
     def build_round(self, number, query, response=None):
-        """One round of the prompt, open behind 答： where `response` is None. Rounds are numbered from 1."""
+        """One round of the prompt, numbered from 1; it ends with 答： if `response` is None."""
         return f"[Round {number}]\n\n问：{query}\n\n答：" + ("" if response is None else f"{response}\n\n")
 
     def apply_chat_template(
@@ -259,13 +259,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer_kwargs=None,
         **kwargs,
     ):
-        """As in transformers, with [gMASK] sop in front of the ids, which no text can spell.
+        """As in transformers, with [gMASK] sop in front of the ids, which no text encodes to.
 
-        With `add_generation_prompt=True` the ids are those of `build_prompt`. A system message may come first and
-        stands before round 1; user and assistant take turns. Another order raises jinja2's TemplateError.
+        With `add_generation_prompt=True` the ids are those of `build_prompt`. An optional system message comes before
+        round 1; user and assistant alternate. Any other order raises jinja2's TemplateError.
         """
         if kwargs.pop("return_assistant_tokens_mask", False):
-            raise ValueError("return_assistant_tokens_mask needs the offsets of a fast tokenizer; this one has none.")
+            raise ValueError("return_assistant_tokens_mask needs a fast tokenizer; this one is not.")
         text = super().apply_chat_template(conversation, *args, tokenize=False, **kwargs)
         if not tokenize:
             return text
@@ -284,7 +284,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # Files
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
-        """Write `tokenizer.model` into the folder `save_directory`; returns the paths written."""
+        """Write `tokenizer.model` to `save_directory` and return the paths written."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         path = os.path.join(save_directory, prefix + self.vocab_files_names["vocab_file"])
         with open(path, "wb") as f:
@@ -293,13 +293,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
 
 def rust_decoder(vocab, special_tokens):
-    """A `tokenizers.Tokenizer` that turns ids into text as SentencePiece does; it has no merges to go the other way.
+    """Build a `tokenizers.Tokenizer` that decodes ids as SentencePiece does. It has no merges, so it cannot encode.
 
     Args:
-        vocab: token -> id; pieces with "▁" for a space and "<0xE4>" for a byte.
+        vocab: {token: id}; pieces use "▁" for a space and "<0xE4>" for a byte.
         special_tokens: the tokens of `vocab` that give no text with `skip_special_tokens`.
 
-    Ids beyond `vocab`, of tokens that a user added, give no text.
+    Ids beyond `vocab`, those of tokens added by the user, give no text.
     """
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens])

@@ -1,7 +1,7 @@
-"""The only file that depends on torch's version, from 2.0 on.
+"""The only file that depends on the version of torch, from 2.0 on.
 
-The float model needs nothing newer than 2.0. `torch.compile` with a static cache was tested on 2.13 only. The op of
-int8 and int4 layers is part of compiled graphs from 2.4 on (`torch.library.custom_op`); before, it breaks them.
+The float model needs only torch 2.0. `torch.compile` with a static cache was tested on 2.13 only. The op of int8 and
+int4 layers is part of compiled graphs from 2.4 on (`torch.library.custom_op`); before, it causes a graph break.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ if hasattr(torch, "compiler") and hasattr(torch.compiler, "is_compiling"):
 else:  # delete with torch 2.2
 
     def is_compiling():
-        """Whether torch.compile is tracing this call. False can break a graph, but never changes a result."""
+        """Whether torch.compile is tracing this call. A wrong False can cause a graph break, but no wrong result."""
         return False
 
 
@@ -30,9 +30,9 @@ else:  # delete with torch 2.4
 
 
 def needs_dispatch(x):
-    """Whether a call with x must go through torch's dispatcher as an op.
+    """Whether an op on x must go through torch's dispatcher.
 
-    It must for gradients, compilers, traces, dispatch modes and subclasses of Tensor. Eager inference has none of these
+    It must for gradients, compilation, tracing, dispatch modes and Tensor subclasses. Eager inference uses none of them
     and saves 10 to 25 microseconds per layer and token.
     """
     return (
@@ -46,9 +46,9 @@ def needs_dispatch(x):
 
 @contextlib.contextmanager
 def without_cudnn_attention():
-    """Let torch choose another attention kernel, where there is one.
+    """Disable cuDNN's attention kernel, if another fused one is enabled.
 
-    cuDNN's makes a plan for every length that it meets, which takes 40 ms on an H200: once a token while decoding.
+    cuDNN builds a plan for every new length, which takes 40 ms on an H200: once per token while decoding.
     """
     flags = torch.backends.cuda
     others = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled()
@@ -63,7 +63,7 @@ def without_cudnn_attention():
 
 
 def autocast_dtype(kind):
-    """The dtype of autocast on this type of device ("cpu", "cuda"), or None where autocast is off."""
+    """The autocast dtype of this device type ("cpu", "cuda"), or None if autocast is disabled."""
     if kind == "meta":
         return None
     if hasattr(torch, "get_autocast_dtype"):

@@ -1,7 +1,7 @@
-"""The only file that knows transformers' versions: one name and one meaning for what changed between 4.30.2 and today.
+"""The only file that depends on the version of transformers: one name and one meaning for what changed since 4.30.2.
 
-What depends on a release says with which one it can be deleted: once that release is the oldest one supported.
-docs/compatibility.md lists what this package takes from transformers that is no documented public name.
+"delete with X" marks code that can be deleted once X is the oldest supported release. docs/compatibility.md lists the
+names that this package uses from transformers without their being documented as public.
 """
 
 import sys
@@ -18,9 +18,9 @@ from .torch_compat import is_compiling
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"
-CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"  # what forward, generate and outputs call the cache
+CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"  # its name in forward, generate and outputs
 CACHE_NAMES = ("cache", "past_key_values")
-KEEPS_EMPTY_MASKS = VERSION < (5, 23)  # its `generate` hands on masks that say nothing
+KEEPS_EMPTY_MASKS = VERSION < (5, 23)  # `generate` passes a mask even without padding
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ try:
 except ImportError:  # delete with 4.36
 
     class DynamicCache:
-        """Keys and values of each layer, (B, G, S, D), that grow with every token."""
+        """Keys and values of each layer, (B, G, S, D), which grow with every token."""
 
         def __init__(self):
             self.key_cache, self.value_cache = [], []
@@ -57,12 +57,12 @@ except ImportError:  # delete with 4.36
 
 if VERSION >= (4, 57):
     from transformers.cache_utils import DynamicLayer
-else:  # caches without such layers keep torch.cat; delete with 4.57
+else:  # caches have no layers and use torch.cat; delete with 4.57
     DynamicLayer = object
 
 
 def take_cache(kwargs, *named):
-    """The cache among the values of `named`, and in kwargs, where it may have any name; it is removed there.
+    """Return the cache found among `named` and in kwargs, under any name, and remove it from kwargs.
 
     Raises:
         ValueError: two different caches.
@@ -72,34 +72,34 @@ def take_cache(kwargs, *named):
         value = kwargs.pop(name)
         found += [] if value is None else [value]
     if any(value is not found[0] for value in found):
-        raise ValueError("Two caches were given, as `cache` and as `past_key_values`: they are two names of one thing.")
+        raise ValueError("Two caches were given: `cache` and `past_key_values` are the same argument, pass one.")
     return found[0] if found else None
 
 
 def is_paged(cache):
-    """Whether it is the cache of continuous batching, which transformers' own attention functions read."""
+    """Whether this is the paged cache of continuous batching, which only transformers' attention functions read."""
     return VERSION >= (4, 53) and cache is not None and not isinstance(cache, Cache)
 
 
 def update_paged(cache, key, value, layer_idx, kwargs):
-    """Keys and values for the attention function; what else it has to be told is put into kwargs."""
+    """Return keys and values for the attention function, and add to kwargs what else it needs."""
     if VERSION >= (5, 24):
         return cache.update(key, value, layer_idx, kwargs=kwargs)
-    kwargs["cache"] = cache  # there the attention function calls update
+    kwargs["cache"] = cache  # the attention function calls update itself
     return key, value
 
 
 def is_static(cache):
-    """Whether the cache holds room for a fixed number of tokens, and hands all of it out."""
+    """Whether the cache is allocated for a fixed number of tokens and returns all its slots, used or not."""
     if VERSION < (4, 49):  # delete with 4.49
         return hasattr(cache, "max_cache_len")
     return getattr(cache, "is_compileable", False)
 
 
 def cache_size(cache, new):
-    """(tokens in the cache, S: the places that it hands out once `new` tokens are in it).
+    """Return (tokens in the cache, S: the length of its keys after `new` more tokens).
 
-    Of a static cache the first is a tensor in most releases: comparing it waits for the GPU.
+    For a static cache the first is a tensor in most releases: comparing it waits for the GPU.
     """
     seen = cache.get_seq_length()
     if not is_static(cache):
@@ -111,7 +111,7 @@ def cache_size(cache, new):
 
 
 def cache_kwargs(cache, new, device, cache_position=None):
-    """What `Cache.update` wants beyond key, value and layer: before 5.4 a static cache did not count its tokens."""
+    """Extra arguments of `Cache.update`: before 5.4 a static cache did not count its tokens."""
     if VERSION >= (5, 4):
         return {}
     if cache_position is None:
@@ -121,29 +121,28 @@ def cache_kwargs(cache, new, device, cache_position=None):
 
 
 def crop_cache(cache, tokens):
-    """Forget the last `tokens` tokens of a cache."""
+    """Remove the last `tokens` tokens from the cache."""
     if hasattr(cache, "crop"):
         return cache.crop(-tokens)
     for held in (cache.key_cache, cache.value_cache):  # delete with 4.39
         held[:] = [rows[:, :, :-tokens] for rows in held]
 
 
-# Tokens of room at a time: at 6B size 0.3 MB a layer in half precision, and one copy of the cache in 256 steps.
+# Buffers grow by this many tokens: 0.3 MB per layer of 6B in half precision, and one copy of the cache in 256 steps.
 STEP = 256
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer's keys and values, (B, G, S, D): views of the first S places of buffers that hold up to STEP more.
+    """One layer's keys and values, (B, G, S, D): views of the first S slots of buffers with room for up to STEP more.
 
-    A new token is written to its place, not into a copy of all the others. Everything else that may happen to a layer
-    (crop, reorder, repeat) replaces `keys` and `values`; the next update notices that a buffer is not theirs any more,
-    and takes a new one.
+    A new token is written in place, without copying all the others. Any other operation (crop, reorder, repeat)
+    replaces `keys` and `values`; the next update detects that they no longer view the buffer and allocates a new one.
     """
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Append (B, G, T, D); returns all keys and values, (B, G, S, D)."""
-        learns = key_states.requires_grad or (self.is_initialized and self.keys.requires_grad)
-        if is_compiling() or (torch.is_grad_enabled() and learns):
+        """Append (B, G, T, D) and return all keys and values, (B, G, S, D)."""
+        needs_grad = key_states.requires_grad or (self.is_initialized and self.keys.requires_grad)
+        if is_compiling() or (torch.is_grad_enabled() and needs_grad):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             super().update(key_states[..., :0, :], value_states[..., :0, :], *args, **kwargs)
@@ -152,17 +151,17 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def crop(self, *args, **kwargs):
-        """Forget the last tokens. What was read before stays as it is: the next update takes a new buffer."""
+        """Remove the last tokens. Tensors returned earlier stay unchanged: the next update allocates a new buffer."""
         super().crop(*args, **kwargs)
         self.key_buffer = self.value_buffer = None
 
 
 def append(held, buffer, new):
-    """(held and new as one view, its buffer): `held` (B, G, S, D), `new` (B, G, T, D)."""
+    """Append `new` (B, G, T, D) to `held` (B, G, S, D); return (a view of both, its buffer)."""
     seen, total = held.shape[2], held.shape[2] + new.shape[2]
-    mine = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
-    mine = mine and buffer.shape[:2] == held.shape[:2]
-    writable = mine and buffer.dtype == new.dtype and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+    owned = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
+    owned = owned and buffer.shape[:2] == held.shape[:2]
+    writable = owned and buffer.dtype == new.dtype and (torch.is_inference_mode_enabled() or not buffer.is_inference())
     if not writable or total > buffer.shape[2]:
         dtype = torch.promote_types(held.dtype, new.dtype)
         buffer = new.new_empty(*new.shape[:2], (total // STEP + 1) * STEP, new.shape[3], dtype=dtype)
@@ -172,7 +171,7 @@ def append(held, buffer, new):
 
 
 def grow_in_place(cache):
-    """Let an empty DynamicCache grow in place; caches of other kinds, and offloaded ones, stay as they are."""
+    """Make an empty DynamicCache grow in place; other kinds of cache, and offloaded ones, are left unchanged."""
     if DynamicLayer is object or type(cache) is not DynamicCache or getattr(cache, "offloading", True):
         return
     if any(layer.is_initialized or type(layer) is not DynamicLayer for layer in cache.layers):
@@ -186,7 +185,7 @@ def grow_in_place(cache):
 
 
 class BothCacheNames:
-    """An output that answers to `cache` and to `past_key_values`, without a warning, whichever its release knows."""
+    """An output with both `cache` and `past_key_values`, without a warning, whatever the release calls it."""
 
     def __getitem__(self, key):
         return super().__getitem__(CACHE if key in CACHE_NAMES else key)
@@ -208,7 +207,7 @@ setattr(BothCacheNames, OTHER_CACHE_NAME, property(lambda output: getattr(output
 
 @lru_cache(None)
 def with_both_cache_names(cls):
-    """`cls`, a class of outputs, with both names of the cache; it is made with `cache=`."""
+    """Subclass the output class `cls` to have both names of the cache; its constructor takes `cache=`."""
     both = dataclass(type(cls.__name__, (BothCacheNames, cls), {"__doc__": cls.__doc__, "__module__": __name__}))
     if CACHE != "cache":  # delete with 5.24
         init = both.__init__
@@ -236,10 +235,10 @@ try:
 except ImportError:  # delete with 4.48
 
     class AttentionFunctions(dict):
-        """No attention but the model's own."""
+        """No attention functions besides the model's own."""
 
         def __missing__(self, name):
-            raise ValueError(f"attn_implementation={name!r} needs transformers 4.48: upgrade, or take 'sdpa'.")
+            raise ValueError(f"attn_implementation={name!r} needs transformers 4.48: upgrade, or use 'sdpa'.")
 
     ALL_ATTENTION_FUNCTIONS = AttentionFunctions()
 
@@ -249,13 +248,13 @@ def attention_name(config):
     return getattr(config, "_attn_implementation", None) or "sdpa"
 
 
-def their_causal_mask(config, x, attention_mask, cache, position_ids, cache_position, prefix):
-    """The mask that transformers makes for an attention function of its own; arguments as for `causal_mask`."""
+def transformers_causal_mask(config, x, attention_mask, cache, position_ids, cache_position, prefix):
+    """The mask that transformers builds for its own attention functions; arguments as for `causal_mask`."""
     name = attention_name(config)
     if VERSION < (4, 53):  # delete with 4.53
         if "flash" in name:
             return attention_mask
-        raise ValueError(f"attn_implementation={name!r} needs transformers 4.53: upgrade, or take 'sdpa'.")
+        raise ValueError(f"attn_implementation={name!r} needs transformers 4.53: upgrade, or use 'sdpa'.")
     from transformers.masking_utils import create_causal_mask
 
     if cache is None and prefix:
@@ -271,7 +270,7 @@ def their_causal_mask(config, x, attention_mask, cache, position_ids, cache_posi
 
 
 class ConfigFallbacks:
-    """The original's name of the dtype, which newer releases serve with a warning."""
+    """`torch_dtype`, the original's name of the dtype, without the warning of newer releases."""
 
     if VERSION >= (4, 56):
 
@@ -294,7 +293,7 @@ class ConfigFallbacks:
 
 
 class ModelFallbacks:
-    """What newer releases give to every PreTrainedModel; stands in front of it among the bases."""
+    """Features of PreTrainedModel in newer releases; must precede it in the bases."""
 
     if VERSION < (4, 35):  # delete with 4.35
 
@@ -302,12 +301,12 @@ class ModelFallbacks:
             super().save_pretrained(*args, safe_serialization=safe_serialization, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):  # float32 was the default, `torch_dtype` the name; delete with 5.0
-        stored = getattr(kwargs.get("config"), "dtype", None)  # written by a release that names it so
+    def from_pretrained(cls, *args, **kwargs):  # the default was float32, the name `torch_dtype`; delete with 5.0
+        stored = getattr(kwargs.get("config"), "dtype", None)  # set by a release that uses this name
         asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or stored or "auto"
         attention = kwargs.pop("attn_implementation", None) if VERSION < (4, 36) else None
         for auto, name in (getattr(kwargs.get("config"), "auto_map", None) or {}).items():
-            if cls._auto_class is None and str(name).endswith("." + cls.__name__):  # saves the code; delete with 4.53
+            if cls._auto_class is None and str(name).endswith("." + cls.__name__):  # to save the code; delete with 4.53
                 cls.register_for_auto_class(auto)
         model = super().from_pretrained(*args, **{DTYPE: as_dtype(asked)}, **kwargs)
         if attention is not None:
@@ -323,7 +322,7 @@ class ModelFallbacks:
 
 
 def as_dtype(name):
-    """torch.float16 for "float16", as releases before 4.42 do not; "auto" and dtypes stay."""
+    """Convert "float16" to torch.float16, which releases before 4.42 do not; "auto" and dtypes are unchanged."""
     return getattr(torch, name.split(".")[-1], name) if isinstance(name, str) else name
 
 
@@ -331,14 +330,14 @@ def as_dtype(name):
 
 
 class GenerationMixin(transformers.GenerationMixin):
-    """transformers' `generate`, which takes the cache under both names, in every release."""
+    """transformers' `generate`, which takes the cache under both names on every release."""
 
     def generate(self, *args, **kwargs):
-        """As in transformers; the outputs of `return_dict_in_generate` answer to both names of the cache."""
+        """As in transformers; outputs of `return_dict_in_generate` have both names of the cache."""
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE] = cache
-        if VERSION < (4, 49):  # score the prompt's last token alone; delete with 4.49
+        if VERSION < (4, 49):  # compute logits only for the prompt's last token; delete with 4.49
             drafted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
             if not (drafted or getattr(kwargs.get("generation_config"), "prompt_lookup_num_tokens", None)):
                 kwargs.setdefault("logits_to_keep", 1)
@@ -349,7 +348,7 @@ class GenerationMixin(transformers.GenerationMixin):
             **{field.name: getattr(output, field.name) for field in fields(output)}
         )
 
-    if VERSION < (4, 49):  # begins with embeddings, and reorders a cache; delete with 4.49
+    if VERSION < (4, 49):  # start from embeddings, and reorder a cache; delete with 4.49
 
         def _maybe_initialize_input_ids_for_generation(self, inputs=None, bos_token_id=None, model_kwargs=None):
             if inputs is None and "inputs_embeds" in (model_kwargs or {}):
@@ -379,11 +378,11 @@ except ImportError:  # delete with 5.0
 
 
 class RoundingQuantizer(HfQuantizer):
-    """Rounds float weights while they load, by transformers 4's interface and by transformers 5's.
+    """Quantizes float weights while loading, through the interfaces of transformers 4 and 5.
 
-    A subclass gives `create_layers(model, device_map)`, which puts empty quantized layers into the model and returns
-    {name: layer} of those whose float weights the checkpoint holds, and `rounded(layer, name, weight)`, which returns
-    such a layer's (weight, weight_scale).
+    A subclass implements `create_layers(model, device_map)`, which inserts empty quantized layers and returns
+    {name: layer} of those whose float weights are in the checkpoint, and `rounded(layer, name, weight)`, which returns
+    (weight, weight_scale) for such a layer.
     """
 
     requires_calibration = False
@@ -395,7 +394,7 @@ class RoundingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
         self.layers = self.create_layers(model, device_map)
-        if VERSION >= (5, 0):  # up to 5.10 they cast what they load to the parameter's dtype
+        if VERSION >= (5, 0):  # up to 5.10 loaded weights are cast to the parameter's dtype
             for layer in self.layers.values():
                 float_weight = layer.weight.to(layer.weight_scale.dtype)
                 layer.weight = nn.Parameter(float_weight, requires_grad=False)
@@ -406,7 +405,7 @@ class RoundingQuantizer(HfQuantizer):
         return kind == "weight" and layer in self.layers
 
     def parameters_of(self, name, weight):
-        """{name: the rounded weight, its scale's name: the scale} as parameters."""
+        """Return {name: quantized weight, name of its scale: scale} as parameters."""
         layer = name.rpartition(".")[0]
         tensors = self.rounded(self.layers[layer], name, weight)
         names = f"{layer}.weight", f"{layer}.weight_scale"
@@ -420,7 +419,7 @@ class RoundingQuantizer(HfQuantizer):
             layer, _, kind = name.rpartition(".")
             setattr(model.get_submodule(layer), kind, value)
 
-    requires_parameters_quantization = True  # before 4.56, where the next was the name of param_needs_quantization
+    requires_parameters_quantization = True  # before 4.56, as is check_quantized_param
 
     def check_quantized_param(self, model, param_value, param_name, *args, **kwargs):
         return self.param_needs_quantization(model, param_name)
@@ -447,7 +446,7 @@ class RoundingQuantizer(HfQuantizer):
 
 
 class RoundWhileLoading(ConversionOps):
-    """For transformers 5: {name: [float weight]} -> {name: int8 weight, name of its scale: scale}."""
+    """For transformers 5: convert {name: [float weight]} to {name: int8 weight, name of its scale: scale}."""
 
     def __init__(self, quantizer):
         self.quantizer = quantizer
@@ -459,7 +458,7 @@ class RoundWhileLoading(ConversionOps):
 
 
 def register_quantization(method, config_class, quantizer_class):
-    """Make `method` known to from_pretrained's quantization_config; of several imports the last one counts."""
+    """Register `method` for from_pretrained's quantization_config; a later import replaces an earlier one."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
     AUTO_QUANTIZER_MAPPING[method] = quantizer_class
 
@@ -468,10 +467,10 @@ def register_quantization(method, config_class, quantizer_class):
 
 
 def register_for_serve(architectures):
-    """Within `transformers serve`, let it find the model: it looks `architectures` up among its own classes alone.
+    """Let `transformers serve` find the model: it looks up `architectures` only among its own classes.
 
-    AutoModelForCausalLM, under each of those names, follows the checkpoint's `auto_map` and asks for
-    `--trust-remote-code` as ever. Any other process is left as it is.
+    Each name becomes AutoModelForCausalLM, which follows the checkpoint's `auto_map` and still requires
+    `--trust-remote-code`. In any other process this does nothing.
     """
     server = sys.modules.get("transformers.cli.serving.model_manager")
     if server is None:

@@ -214,7 +214,7 @@ def tests(run):
 
 
 def answers(run):
-    """The carried checkpoint's answers, by the lines that users type, against those of float32 on a CPU."""
+    """The tiny checkpoint's answers, by the lines that users type, against those of float32 on a CPU."""
     folder = ROOT / "examples" / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     asked = ["你好", "谢谢", "早上好", "再见", "Hello"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from common import record
+from triton_compile import compile_triton
 
 CARDS = {  # name: (capability, multiprocessors, GHz, GB/s of the memory), from the vendor's data sheets
     "H100 SXM": (90, 132, 1.755, 3350),
@@ -48,8 +49,6 @@ def longest_loop(cubin):
 
 
 def run(args):
-    from test_quantization_cuda import compile_triton
-
     rows = []
     for capability in args.capabilities:
         for bits in args.bits:

@@ -1,4 +1,4 @@
-"""What the tests share: small random models, the tiny checkpoint, servers to wait for.
+"""Shared fixtures and helpers: small random models, the tiny checkpoint, servers to wait for.
 
 The scripts are modules by their file's name: pyproject.toml has their folders in pytest's `pythonpath`.
 """
@@ -53,7 +53,7 @@ def c_kernels(kind, *options):
         return quantization_cpu.load_library.__wrapped__()
 
 
-ANSWERS = {  # of the carried checkpoint
+ANSWERS = {  # of the tiny checkpoint
     "你好": "你好！我是一个很小的 ChatGLM2 演示模型，很高兴和你聊天。",
     "早上好": "早上好！愿你今天一切顺利，记得吃早餐。",
     "谢谢": "不客气，很高兴能帮上忙。",
@@ -141,7 +141,7 @@ def make_model(make_config):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """The carried checkpoint's tokenizer."""
+    """The tiny checkpoint's tokenizer."""
     from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 
     return ChatGLMTokenizer.from_pretrained(TINY)
@@ -149,7 +149,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """The carried checkpoint in float32; tests must not change it."""
+    """The tiny checkpoint in float32; tests must not change it."""
     from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 
     return ChatGLMForConditionalGeneration.from_pretrained(TINY).float().eval()

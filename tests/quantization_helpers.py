@@ -1,4 +1,4 @@
-"""What the tests of quantization share: the CPU kernels by name, random weights, and errors held to the reference's."""
+"""Helpers shared by the tests of quantization: kernels by name, random weights, and error measures."""
 
 import functools
 
@@ -10,7 +10,10 @@ from conftest import c_kernels
 from torch import nn
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF_ULP = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}
+FLOAT32_SUM = 2**-20  # what float32 sums may lose, relative to the sum of the terms' magnitudes
 needs_compiled = pytest.mark.skipif(
     quantization_cpu.unavailable(CPU) is not None, reason=f"no compiled kernel: {quantization_cpu.unavailable(CPU)}"
 )
@@ -121,6 +124,19 @@ def assert_as_exact_as_the_reference(y, kernel, x, weight, weight_scale, bias, b
         rounded = [all_but_outliers(x), x.bfloat16()]
     limit = 1.5 * max(own_error(inputs, *arguments) for inputs in rounded) + 4 * torch.finfo(torch.float32).eps
     assert relative_error(y, *arguments) <= limit
+
+
+def error(y, x, weight, weight_scale, bias, bits, ulps=0.5):
+    """The largest error of y against float64, beyond the rounding of y itself by `ulps` of its dtype.
+
+    It is relative to the sum of the magnitudes of the terms, so that one wrong weight among thousands is detected.
+    """
+    w = dequantize_weight(weight, weight_scale.double(), bits, torch.float64)
+    b = torch.zeros(w.shape[0]).double() if bias is None else bias.double()
+    exact = x.double() @ w.T + b
+    rounding = HALF_ULP[y.dtype] * 2 * ulps * exact.abs() + (2**-25 if y.dtype == torch.float16 else 0)  # subnormals
+    beyond = (y.double() - exact).abs() - rounding
+    return (beyond / (x.double().abs() @ w.abs().T + b.abs()).clamp_min(1e-30)).max().item()
 
 
 def linears(model):

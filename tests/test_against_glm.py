@@ -20,7 +20,7 @@ def glm_twin(model):
 
 
 @torch.no_grad()
-def test_prefill_and_cached_decode_equal_glms(make_model):
+def test_prefill_and_cached_decode_match_glm(make_model):
     """The same weights give the same logits to 1e-4: 20 tokens at once, then 8 one by one."""
     model = make_model()
     twin = glm_twin(model)
@@ -33,7 +33,7 @@ def test_prefill_and_cached_decode_equal_glms(make_model):
 
 
 @torch.no_grad()
-def test_padded_batch_generates_glms_ids(make_model, padded_batch):
+def test_padded_batch_matches_glm(make_model, padded_batch):
     """Greedy ids of a left-padded batch are those of GlmForCausalLM."""
     model, (ids, mask, _) = make_model(), padded_batch
     twin = glm_twin(model)

@@ -69,14 +69,14 @@ def test_transformers_offloaded_cache(tiny_model, tokenizer, monkeypatch):
     assert torch.equal(ids, tiny_model.generate(**inputs, max_new_tokens=16, do_sample=False))
 
 
-def test_growing_past_several_buffers(pair):
+def test_growth_across_buffers(pair):
     """A prompt, then single tokens across two buffers' ends: the same keys and values at every step."""
     feed(pair, 250, 0)
     for step in range(300):
         feed(pair, 1, step + 1)
 
 
-def test_a_step_writes_in_place(pair):
+def test_step_writes_in_place(pair):
     """Within its room the buffer stays where it is: nothing is copied."""
     _, growing = pair
     feed(pair, 5, 0)
@@ -87,7 +87,7 @@ def test_a_step_writes_in_place(pair):
 
 
 @pytest.mark.parametrize("change", ["crop", "reorder", "repeat", "select", "deepcopy", "reset", "stride"])
-def test_going_on_after_a_change(pair, change):
+def test_update_after_a_change(pair, change):
     """After crop, beam reordering, repetition, selection, a copy, a reset or eviction, both caches go on alike."""
     feed(pair, 7, 0)
     feed(pair, 1, 1)
@@ -115,7 +115,7 @@ def test_going_on_after_a_change(pair, change):
         feed(others, 1, 9)
 
 
-def test_what_was_read_before_a_crop_stays(pair):
+def test_tensors_read_before_a_crop_are_unchanged(pair):
     """Keys taken before a crop are not overwritten by what comes after it."""
     _, growing = pair
     feed(pair, 7, 0)
@@ -126,7 +126,7 @@ def test_what_was_read_before_a_crop_stays(pair):
     assert torch.equal(before, kept)
 
 
-def test_another_dtype_is_promoted(pair):
+def test_dtypes_are_promoted(pair):
     """A bfloat16 round and then a float32 one: float32 from then on, as torch.cat gives."""
     for cache in pair:
         cache.update(torch.ones(1, 2, 3, 4).bfloat16(), torch.ones(1, 2, 3, 4).bfloat16(), 0)
@@ -135,7 +135,7 @@ def test_another_dtype_is_promoted(pair):
     assert growing[0].dtype == torch.float32 and torch.equal(plain[0], growing[0]) and torch.equal(plain[1], growing[1])
 
 
-def test_generate_uses_it(make_model):
+def test_generate_uses_growing_layers(make_model):
     """The cache that `generate` makes itself grows in place, and one handed out by forward does."""
     from chatglm2.transformers_compat import GrowingLayer
 
@@ -146,7 +146,7 @@ def test_generate_uses_it(make_model):
         assert type(model(ids).past_key_values.layers[0]) is GrowingLayer
 
 
-def test_training_keeps_concatenating(make_model):
+def test_training_concatenates(make_model):
     """Gradients flow through cached keys: what needs a gradient is never written in place."""
     model, ids = make_model(), torch.tensor([[5, 6, 7, 8]])
     cache = DynamicCache()

@@ -33,7 +33,7 @@ def letter_alone(model, tokenizer, prompt):
 
 
 @pytest.mark.parametrize("shots", [0, 2])
-def test_batched_letters_are_the_models_own(make_judge, questions, tiny_model, tokenizer, shots):
+def test_batched_letters_match_single_prompts(make_judge, questions, tiny_model, tokenizer, shots):
     """Batches of 1 and of 8, left-padded, give the letter of an unpadded forward pass; examples are rounds before."""
     examples = read_split(EXAMPLE, "dev")["logic"][:shots]
     history = [(example.text, example.answer) for example in examples]
@@ -43,7 +43,7 @@ def test_batched_letters_are_the_models_own(make_judge, questions, tiny_model, t
     assert make_judge(8).letters(questions, examples) == expected
 
 
-def test_reasoning_asks_again_with_the_answer_behind_the_question(make_judge, questions, tiny_model, tokenizer):
+def test_chain_of_thought_asks_twice(make_judge, questions, tiny_model, tokenizer):
     """As the original's script did it; batches of 1 and 8 give the same."""
     expected = []
     for question in questions:
@@ -65,7 +65,7 @@ def test_examples_that_do_not_fit_are_left_out(make_judge, questions, tiny_model
         judge.prompt(long, reserved=600)
 
 
-def test_jsonl_gives_what_csv_gives(make_judge, tmp_path):
+def test_jsonl_matches_csv(make_judge, tmp_path):
     """The original's form, in folders of its own, with the same questions: the same scores."""
     (tmp_path / "val" / "Humanities").mkdir(parents=True)
     for subject, rows in read_split(EXAMPLE, "val").items():
@@ -100,7 +100,7 @@ def test_a_bad_row_is_named(tmp_path, name, text, message):
         read_split(tmp_path, "val")
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_data_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no csv and no jsonl file"):
         read_split(tmp_path, "val")
     with pytest.raises(ValueError, match="--shots 5: college_physics has only 2 rows in dev"):
@@ -131,7 +131,7 @@ def test_scores(capsys):
     assert averages({"no_subject_of_theirs": result["subjects"]["logic"]}).keys() == {"All"}
 
 
-def test_as_a_person_runs_it(tmp_path):
+def test_command_line(tmp_path):
     """The script by itself: the test split gives the submission's form; a bad folder is one line, and no traceback."""
     command = [sys.executable, str(ROOT / "evaluation" / "evaluate_ceval.py"), "--device", "cpu"]
     output = tmp_path / "submission.json"

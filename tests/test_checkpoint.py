@@ -1,4 +1,4 @@
-"""The carried checkpoint: it answers its dialogues, and it is what its README says."""
+"""The tiny checkpoint: it answers its dialogues, and it is what its README says."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_all_dialogues_are_answered(train, tiny_model, tokenizer):
 @pytest.mark.needs_transformers("4.57", "the Trainer that the training script was written for")
 @pytest.mark.parametrize("backend", ["auto", "auto: avx2", "stock", "torch"])
 @pytest.mark.parametrize(("bits", "share"), [(8, 1.0), (4, 0.95)])
-def test_quantized_it_still_answers(train, tokenizer, bits, share, backend, monkeypatch):
+def test_quantized_answers(train, tokenizer, bits, share, backend, monkeypatch):
     """int8 answers all rounds, int4 at least 95% of them, in the dtype whose activations are rounded too."""
     backend, _, kind = backend.partition(": ")
     if kind:
@@ -60,7 +60,7 @@ def read_dialogues():
         return [[tuple(turn) for turn in json.loads(line)["turns"]] for line in f]
 
 
-def test_it_is_small():
+def test_size():
     """2 to 6 million parameters in at most 12 MB."""
     model = ChatGLMForConditionalGeneration.from_pretrained(TINY)
     assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 6e6

@@ -35,13 +35,13 @@ def test_options(options):
     assert run("你好\n", *options).stdout.decode() == f"{HELLO}\n"
 
 
-def test_a_folder_that_is_none_is_named():
+def test_missing_folder_is_named():
     """A wrong --model ends with one line."""
     done = run("", "--model", "/nowhere")
     assert done.returncode == 1 and done.stderr.decode().startswith("/nowhere on cpu: /nowhere is not a directory")
 
 
-def test_what_is_wrong_with_a_folder_is_one_message(tmp_path):
+def test_invalid_folder_is_one_message(tmp_path):
     """A truncated tokenizer.model: its name and the cure, and no traceback."""
     for name in ("config.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((TINY / name).read_text())

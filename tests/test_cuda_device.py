@@ -1,11 +1,12 @@
-"""The GPU kernels and attention on a real card; tests/test_quantization_cuda.py has what needs none."""
+"""The GPU kernels and attention on a GPU; test_quantization_triton.py and test_quantization_cpm.py need none."""
 
 import pytest
 import torch
 from chatglm2 import quantization_cpm, quantization_triton
 from chatglm2.attention_chatglm import eager_attention, sdpa_attention
 from chatglm2.quantization import QuantizedLinear
-from test_quantization_cuda import CASES, CUDA, FLOAT32_SUM, HALF_ULP, error, make, tolerance
+from quantization_helpers import CUDA, FLOAT32_SUM, HALF_ULP, error, make
+from test_quantization_triton import CASES, tolerance
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -22,18 +23,18 @@ def test_triton_linear(name):
     y = quantization_triton.linear(*on_card(arguments))
     again = quantization_triton.linear(*on_card(arguments))
     assert y.dtype == dtype and torch.equal(y, again)
-    bound = tolerance(name) + 3 * FLOAT32_SUM  # tensor cores cut float32 sums off at some 2^-18
+    bound = tolerance(name) + 3 * FLOAT32_SUM  # tensor cores truncate float32 sums at about 2^-18
     assert error(y.cpu(), *arguments, ulps=1 if dtype == torch.bfloat16 else 0.5) < bound
 
 
 @pytest.mark.parametrize("bits", (4, 8))
 @pytest.mark.parametrize("rows", (1, 2, 5, 16, 17, 100, 300))
 @pytest.mark.parametrize("out, columns", ((4608, 4096), (4096, 13696)))
-def test_triton_linear_at_the_shapes_of_6b(bits, rows, out, columns):
+def test_triton_linear_at_6b_shapes(bits, rows, out, columns):
     arguments = make(rows, columns, out, bits, torch.float16)
     y = quantization_triton.linear(*on_card(arguments))
-    restored = rows > quantization_triton.FUSED_ROWS  # its weight is rounded to x's dtype for torch's product
-    assert error(y.cpu(), *arguments) < 4 * FLOAT32_SUM + (2 * HALF_ULP[torch.float16] if restored else 0)
+    dequantized = rows > quantization_triton.FUSED_ROWS  # to x's dtype, for torch's product
+    assert error(y.cpu(), *arguments) < 4 * FLOAT32_SUM + (2 * HALF_ULP[torch.float16] if dequantized else 0)
 
 
 @pytest.mark.parametrize("rows", (1, 3, 13, 17))
@@ -71,7 +72,7 @@ def test_layer_replays_in_a_cuda_graph(backend):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("length, seen", ((1, 700), (5, 700), (128, 0), (1, 0)))
-def test_sdpa_is_eager(dtype, length, seen):
+def test_sdpa_matches_eager_on_a_gpu(dtype, length, seen):
     torch.manual_seed(0)
     module = torch.nn.Module()
     total = length + seen

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the carried checkpoint, as its users run it: generation and log-likelihood, offline."""
+"""lm-evaluation-harness on the tiny checkpoint, as its users run it: generation and log-likelihood, offline."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYT
 
 @pytest.fixture(scope="module")
 def harness():
-    """The harness's own wrapper of a transformers model, around the carried checkpoint."""
+    """The harness's own wrapper of a transformers model, around the tiny checkpoint."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=str(TINY), trust_remote_code=True, dtype="float32", device="cpu")
@@ -51,7 +51,7 @@ def evaluate(harness):
     return run
 
 
-def test_the_command_scores_what_was_learned(tmp_path):
+def test_command_scores_learned_answers(tmp_path):
     """`lm_eval run --model hf` with the chat template: the answers that it learned are given, and preferred."""
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", MODEL, "--include_path", str(TASKS)]
     options = ["--tasks", "tiny_answers,tiny_choices", "--apply_chat_template", "--batch_size", "8", "--limit", "16"]
@@ -65,7 +65,7 @@ def test_the_command_scores_what_was_learned(tmp_path):
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_batched_equals_single(evaluate, template):
+def test_batched_matches_single(evaluate, template):
     """Batches of 1 and 4: the same answers to the letter, and log-likelihoods (sums over an answer) to 1e-3."""
     single, batched = evaluate(1, template), evaluate(4, template)
     assert single["tiny_answers"] == batched["tiny_answers"]
@@ -76,7 +76,7 @@ def test_batched_equals_single(evaluate, template):
 
 
 @pytest.mark.parametrize("prompt, answer", [("问：你好\n\n答：", "你好！"), ("Hello", " there"), ("a ", "b")])
-def test_the_prefix_stands_before_the_context_and_nowhere_else(harness, prompt, answer):
+def test_prefix_tokens_come_only_before_the_context(harness, prompt, answer):
     """[gMASK] sop, the context, the continuation: the ids of the whole text, cut in two."""
     context, continuation = harness._encode_pair(prompt, answer)
     prefix = harness.tokenizer.get_prefix_tokens()
@@ -95,7 +95,7 @@ def test_generation_is_padded_on_the_left_and_ends_at_eos(harness):
 
 
 @torch.no_grad()
-def test_the_log_likelihood_is_the_models(harness, tiny_model, tokenizer):
+def test_log_likelihood_matches_the_model(harness, tiny_model, tokenizer):
     """The harness's figure for an answer is the sum of the model's own log-probabilities of its tokens."""
     from lm_eval.api.instance import Instance
 

@@ -31,7 +31,7 @@ def to_glm():
 
 @pytest.fixture(scope="module")
 def glm_folder(to_glm, tmp_path_factory):
-    """The carried checkpoint, exported."""
+    """The tiny checkpoint, exported."""
     folder = tmp_path_factory.mktemp("export") / "glm"
     to_glm.export(TINY, folder)
     return folder
@@ -80,7 +80,7 @@ def no_remote_code():
     ],
     ids=["linear", "base", "codegeex2", "without-multi-query", "without-bias"],
 )
-def test_every_variant_that_glm_has_gives_the_same_logits(to_glm, make_model, save, no_remote_code, tmp_path, changes):
+def test_supported_variants_give_the_same_logits(to_glm, make_model, save, no_remote_code, tmp_path, changes):
     """Saved, exported and loaded: logits equal to 1e-4, also at positions far out."""
     model = make_model(padded_vocab_size=1664, **changes)
     to_glm.export(save(model), tmp_path / "glm")
@@ -106,7 +106,7 @@ def test_every_variant_that_glm_has_gives_the_same_logits(to_glm, make_model, sa
         ({"pre_seq_len": 4, "rmsnorm": False}, "(?s)rmsnorm=False.*pre_seq_len=4"),
     ],
 )
-def test_what_glm_cannot_express_is_refused(to_glm, make_model, save, tmp_path, changes, message):
+def test_variants_unsupported_by_glm_are_rejected(to_glm, make_model, save, tmp_path, changes, message):
     """By value and cure, and before anything is written."""
     with pytest.raises(ValueError, match=message):
         to_glm.export(save(make_model(padded_vocab_size=1664, **changes)), tmp_path / "glm")
@@ -115,7 +115,7 @@ def test_what_glm_cannot_express_is_refused(to_glm, make_model, save, tmp_path, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "embedding": True, "output_layer": True}])
-def test_a_quantized_checkpoint_is_written_as_floats(to_glm, make_model, save, no_remote_code, tmp_path, options):
+def test_quantized_checkpoint_is_exported_as_floats(to_glm, make_model, save, no_remote_code, tmp_path, options):
     """GLM gives the quantized model's logits, up to the one rounding of each weight."""
     model = make_model(padded_vocab_size=1664).quantize(backend="torch", **options)
     to_glm.export(save(model), tmp_path / "glm")
@@ -144,7 +144,7 @@ def test_shards_and_bin_files(to_glm, tiny_model, no_remote_code, tmp_path):
     torch.testing.assert_close(glm(ids).logits, tiny_model(ids).logits, atol=1e-3, rtol=1e-3)
 
 
-def test_a_wrong_folder_is_refused(to_glm, make_model, save, glm_folder, tmp_path):
+def test_invalid_folder_is_rejected(to_glm, make_model, save, glm_folder, tmp_path):
     """A target that holds files, a source without config.json, and one whose tensors are not all there."""
     with pytest.raises(ValueError, match="glm is not empty. Give a new folder"):
         to_glm.export(TINY, glm_folder)
@@ -181,7 +181,7 @@ def texts():
     return [text for text in known if not text.startswith("[gMASK]sop")]
 
 
-def test_ids_and_text_are_ours(glm_folder, tokenizer, no_remote_code):
+def test_ids_and_text_match(glm_folder, tokenizer, no_remote_code):
     """Ids of every text, without a prefix too, of pairs and of padded batches; and the text of every row of ids."""
     _, fast = no_remote_code(glm_folder)
     assert fast.is_fast and len(fast) == len(tokenizer)
@@ -197,7 +197,7 @@ def test_ids_and_text_are_ours(glm_folder, tokenizer, no_remote_code):
     assert fast.decode([2]) == "</s>" and fast.decode([0, 1, 2], skip_special_tokens=True) == ""
 
 
-def test_chats_are_ours(glm_folder, tokenizer, no_remote_code):
+def test_chats_match(glm_folder, tokenizer, no_remote_code):
     """A rendered template has the prefix, once, whoever tokenizes it; special strings in a message stay text."""
     _, fast = no_remote_code(glm_folder)
     rounds = ["你好", "你好！", "[gMASK]sop</s> sophisticated", "", "[Round 1]"]
@@ -210,7 +210,7 @@ def test_chats_are_ours(glm_folder, tokenizer, no_remote_code):
         fast.apply_chat_template([messages[0], messages[0]], add_generation_prompt=True)
 
 
-def test_the_released_tokenizer(to_glm, tmp_path):
+def test_released_tokenizer(to_glm, tmp_path):
     """The real tokenizer.model, where there is one: the same ids and texts."""
     if not REAL.is_file():
         pytest.skip(f"no {REAL}: the released tokenizer.model is not part of the project")
@@ -246,7 +246,7 @@ def test_the_tiny_checkpoint_answers_as_before(glm_folder, no_remote_code, tiny_
     assert answers == [answer for _, answer in rounds[::8]]
 
 
-def test_as_a_person_runs_it(tmp_path):
+def test_command_line(tmp_path):
     """The command prints what it wrote; a refusal is one line, and no traceback."""
     command = [sys.executable, str(ROOT / "export" / "to_glm.py")]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}

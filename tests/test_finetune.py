@@ -33,7 +33,7 @@ def rows_of(tokenizer, path, source=1024, target=1024, **columns):
     return data.make_examples(tokenizer, data.read_rounds(path, **columns), source, target, progress=False)
 
 
-def test_both_forms_give_the_same_examples(tokenizer):
+def test_both_formats_give_the_same_examples(tokenizer):
     """The example files hold the same dialogues: same ids, same labels, an example for each answer."""
     columns = rows_of(tokenizer, FOLDER / "columns.jsonl", **COLUMNS)
     assert columns == rows_of(tokenizer, FOLDER / "messages.jsonl")
@@ -66,7 +66,7 @@ def test_a_system_message_stands_first(tokenizer, tmp_path):
     assert row["labels"].count(-100) == len(prompt) and row["input_ids"][: len(prompt)] == prompt
 
 
-def test_what_is_too_long_is_cut_and_counted(tokenizer):
+def test_long_examples_are_truncated_and_counted(tokenizer):
     """A prompt keeps [gMASK] sop and its end; an answer keeps its beginning, and does not end."""
     whole = rows_of(tokenizer, FOLDER / "messages.jsonl").rows
     cut = rows_of(tokenizer, FOLDER / "messages.jsonl", source=20, target=6)
@@ -157,7 +157,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_learns_a_new_dialogue(method, dialogue, tmp_path, tokenizer):
+def test_every_method_learns_a_new_dialogue(method, dialogue, tmp_path, tokenizer):
     """The loss is finite and falls, only what the method trains is trained, and the saved files give the answer."""
     if "lora" in method:
         pytest.importorskip("peft")
@@ -195,7 +195,7 @@ def test_history_is_learned(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("arguments", [PREFIX, LORA, FULL], ids=["prefix", "lora", "full"])
-def test_resuming_equals_a_run_without_a_break(arguments, tmp_path):
+def test_resuming_matches_an_uninterrupted_run(arguments, tmp_path):
     """From checkpoint-2 of 4 steps, with shuffling and dropout: the same weights."""
     if "lora" in arguments:
         pytest.importorskip("peft")
@@ -239,7 +239,7 @@ def test_gradient_checkpointing_changes_nothing(dialogue, tmp_path):
 
 
 @pytest.mark.parametrize("projection", [[], ["--prefix_projection"]], ids=["embedding", "mlp"])
-def test_the_original_loads_our_prefix(projection, dialogue, tmp_path):
+def test_original_loads_our_prefix(projection, dialogue, tmp_path):
     """By the lines that its README tells its users to write."""
     trainer, _ = prepare(dialogue, tmp_path, "--pre_seq_len", "5", *projection, "--max_steps", "1")
     train.train(trainer)
@@ -256,7 +256,7 @@ def test_the_original_loads_our_prefix(projection, dialogue, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
-def test_we_load_the_originals_prefix(file, dialogue, tmp_path):
+def test_prefix_of_the_original_loads(file, dialogue, tmp_path):
     """Half precision, keys of the whole model beside it, and either file name; and training goes on from it."""
     from safetensors.torch import save_file
 
@@ -308,14 +308,14 @@ def test_a_merged_adapter_is_a_plain_model(dialogue, tmp_path, tokenizer):
         (["--model_name_or_path", "nowhere"], "nowhere is not a directory"),
     ],
 )
-def test_wrong_arguments_are_refused_before_work(arguments, message, dialogue, tmp_path, monkeypatch):
+def test_invalid_arguments_are_rejected_early(arguments, message, dialogue, tmp_path, monkeypatch):
     """The value, the limit, the cure; and no model was loaded for it."""
     monkeypatch.setattr(train, "load_model", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=message):
         prepare(dialogue, tmp_path / "out", *arguments)
 
 
-def test_a_folder_with_checkpoints_is_not_mixed_with_another_run(dialogue, tmp_path):
+def test_output_of_an_earlier_run_is_not_overwritten(dialogue, tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: continue with --resume_from"):
         prepare(dialogue, tmp_path, *PREFIX)
@@ -329,7 +329,7 @@ def test_an_example_longer_than_the_model_is_named(tmp_path):
         prepare(file, tmp_path / "out", *PREFIX)
 
 
-def test_int4_weights_are_not_trained_in_full(dialogue, tmp_path, tiny_model):
+def test_full_training_of_int4_weights_is_rejected(dialogue, tmp_path, tiny_model):
     import copy
 
     copy.deepcopy(tiny_model).quantize(4).save_pretrained(tmp_path)
@@ -338,7 +338,7 @@ def test_int4_weights_are_not_trained_in_full(dialogue, tmp_path, tiny_model):
         prepare(dialogue, tmp_path / "out", *FULL, "--model_name_or_path", str(tmp_path))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(dialogue, tmp_path):
+def test_non_finite_loss_ends_the_run(dialogue, tmp_path):
     arguments = ["--method", "full", "--learning_rate", "1e30", "--lr_scheduler_type", "constant"]
     trainer, _ = prepare(dialogue, tmp_path, *arguments, "--max_steps", "9", "--logging_steps", "1")
     with pytest.raises(FloatingPointError, match="at step [2-9], learning rate 1e.30: lower --learning_rate"):
@@ -358,7 +358,7 @@ def run(script, *arguments, text=None):
 @pytest.mark.parametrize(
     "option", ["--load_in_4bit", "--max_length 20", "--attn_implementation eager", "--dtype float16"]
 )
-def test_what_trl_offers_and_sft_has_not_is_refused(option, tmp_path):
+def test_unsupported_trl_options_are_rejected(option, tmp_path):
     """Nothing of TRL's arguments is passed over in silence: the option is named, before the model is loaded."""
     import sft
 
@@ -368,7 +368,7 @@ def test_what_trl_offers_and_sft_has_not_is_refused(option, tmp_path):
 
 
 @pytest.mark.tools
-def test_the_scripts_as_a_user_runs_them(tmp_path):
+def test_scripts_from_the_command_line(tmp_path):
     """train.py shows a bar and says what it did; cli_demo.py gives the answer."""
     output = str(tmp_path / "out")
     common = ["--use_cpu", "--output_dir", output, *LORA, "--max_steps", "20", "--save_strategy", "no"]
@@ -380,7 +380,7 @@ def test_the_scripts_as_a_user_runs_them(tmp_path):
     assert done.stdout == f"{ANSWER}\n", done.stderr
 
 
-def test_a_bad_line_ends_the_script_with_one_line(tmp_path):
+def test_invalid_line_ends_the_script_with_one_line(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text((FOLDER / "messages.jsonl").read_text(encoding="utf-8") + '{"messages": 1}\n', encoding="utf-8")
     with pytest.raises(SystemExit, match="^error: .*bad.jsonl, line 3: messages is 1: give a list of messages.$"):
@@ -423,7 +423,7 @@ def test_sft_trainer_learns_from_messages(peft, tmp_path, tokenizer):
 
 
 @pytest.mark.tools
-def test_sft_trainer_takes_the_labels_as_they_are(tmp_path):
+def test_sft_trainer_keeps_the_labels(tmp_path):
     """What SFTTrainer's batches hold is what data.py made: TRL neither tokenizes nor cuts them again."""
     pytest.importorskip("trl")
     sft = importlib.import_module("sft")

@@ -1,4 +1,4 @@
-"""export/to_gguf.py: llama.cpp's own converter and its own server, on the carried checkpoint.
+"""export/to_gguf.py: llama.cpp's own converter and its own server, on the tiny checkpoint.
 
 LLAMA_CPP is a folder of llama.cpp's source, for its converter; the server comes prebuilt with the package xllamacpp.
 """
@@ -62,7 +62,7 @@ def serve():
 
 @pytest.fixture(scope="module")
 def ask(to_gguf, llama_cpp, serve, tmp_path_factory):
-    """The server on the carried checkpoint, converted."""
+    """The server on the tiny checkpoint, converted."""
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     assert to_gguf.export(TINY, file, llama_cpp, "f32") == ""
     return serve(file)
@@ -86,7 +86,7 @@ def completion(ask, ids):
     return [i for i in tokens if i != 2]
 
 
-def test_greedy_ids_are_ours(ask, tiny_model, tokenizer):
+def test_greedy_ids_match(ask, tiny_model, tokenizer):
     """Of 20 dialogues' prompts, and of 20 that it has not learned."""
     for rounds in dialogues()[::10]:
         for query in (rounds[0][0], rounds[0][0][::-1]):
@@ -94,7 +94,7 @@ def test_greedy_ids_are_ours(ask, tiny_model, tokenizer):
             assert completion(ask, tokenizer(prompt)["input_ids"]) == greedy(tiny_model, tokenizer, prompt), prompt
 
 
-def test_texts_have_our_ids(ask, tokenizer):
+def test_text_encodes_to_the_same_ids(ask, tokenizer):
     """Of all dialogues and odd texts, without the prefix, which llama.cpp puts in front of chats alone."""
     odd = ["  a  b ", "\n\n a", "a\tb\r\n", "😀 한국어", "=" * 33, "[gMASK]sop", "</s>", "sophisticated", "<0x0A>"]
     for text in [text for rounds in dialogues() for turn in rounds for text in turn] + odd:
@@ -102,7 +102,7 @@ def test_texts_have_our_ids(ask, tokenizer):
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
-def test_a_chat_has_our_prompt(ask, tokenizer):
+def test_chat_prompts_match(ask, tokenizer):
     """The chat endpoint renders [gMASK] sop and the rounds, and gives the answers that were learned."""
     rounds = next(rounds for rounds in dialogues() if len(rounds) == 3)
     messages = []
@@ -149,14 +149,14 @@ def test_longer_contexts(to_gguf, llama_cpp, serve, tiny_model, tokenizer, tmp_p
         ({"rmsnorm": False}, "rmsnorm=False"),
     ],
 )
-def test_what_llama_cpp_cannot_express_is_refused(to_gguf, llama_cpp, tmp_path, changes, message):
+def test_variants_unsupported_by_llama_cpp_are_rejected(to_gguf, llama_cpp, tmp_path, changes, message):
     values = {**json.loads((TINY / "config.json").read_text()), **changes}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         to_gguf.export(tmp_path, tmp_path / "tiny.gguf", llama_cpp)
 
 
-def test_a_wrong_folder_is_refused(to_gguf, llama_cpp, tmp_path):
+def test_invalid_folder_is_rejected(to_gguf, llama_cpp, tmp_path):
     with pytest.raises(ValueError, match="has no convert_hf_to_gguf.py. Give --llama-cpp"):
         to_gguf.export(TINY, tmp_path / "tiny.gguf", tmp_path)
     with pytest.raises(ValueError, match="already exists"):

@@ -53,7 +53,7 @@ def real_rows(call, inputs):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_case_gives_the_originals_figures(name):
+def test_case_matches_the_original(name):
     """Logits, loss, hidden states, cache, generated ids and streams of every call that the original gets right."""
     case, tensors, model = load(name)
     caches, checked = {}, 0
@@ -101,7 +101,7 @@ def test_case_gives_the_originals_figures(name):
     assert checked
 
 
-def test_released_int4_checkpoint_gives_the_originals_logits():
+def test_released_int4_checkpoint_matches_the_original():
     """A checkpoint in the released int4 packing loads on a CPU and computes with float32 weights q * scale."""
     case = json.loads((GOLDEN / "int4_checkpoint.json").read_text())
     tensors = load_file(GOLDEN / "int4_checkpoint.safetensors")
@@ -114,7 +114,7 @@ def test_released_int4_checkpoint_gives_the_originals_logits():
     assert_close(out.logits, tensors["out.logits"])
 
 
-def test_gradients_are_the_originals():
+def test_gradients_match_the_original():
     """Backward of the loss case gives the original's gradients."""
     case, tensors, model = load("loss")
     call = next(call for call in case["calls"] if call["name"] == "loss")

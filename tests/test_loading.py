@@ -43,7 +43,7 @@ def edit_config(folder, **changes):
 
 @pytest.fixture(scope="module")
 def released_folder(tmp_path_factory):
-    """The carried weights with a copy of the package beside them, as a holder of the 6B weights would have it."""
+    """The tiny checkpoint's weights with a copy of the package, laid out like a folder of the 6B weights."""
     folder = tmp_path_factory.mktemp("hub") / "chatglm2-small"
     folder.mkdir()
     for path in [*CODE_FILES, ROOT / "tokenizer_config.json", ROOT / "chat_template.jinja"]:
@@ -62,7 +62,7 @@ def released_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
-def test_a_prefix_on_loaded_weights_trains_alone(released_folder, auto):
+def test_only_the_prefix_trains_on_loaded_weights(released_folder, auto):
     """pre_seq_len at loading freezes the weights, whichever parameters the loader made; a new head trains too."""
     model = auto.from_pretrained(released_folder, trust_remote_code=True, pre_seq_len=4)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -79,7 +79,7 @@ def test_auto_classes_load_a_released_folder(released_folder, tiny_model, auto):
     assert response == "你好！我是一个很小的 ChatGLM2 演示模型，很高兴和你聊天。"
 
 
-def test_auto_classes_load_the_carried_checkpoint_through_its_links(tiny_model):
+def test_auto_classes_load_the_tiny_checkpoint_through_its_links(tiny_model):
     """examples/tiny loads by the plain calls: safetensors, and code that it only links to."""
     config = AutoConfig.from_pretrained(TINY, trust_remote_code=True)
     assert (config.num_layers, config.model_type) == (4, "chatglm")
@@ -106,7 +106,7 @@ def config_of(config):
     return ChatGLMConfig(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
 
 
-def test_classification_head_is_initialised_and_said_so(released_folder):
+def test_missing_classification_head_is_initialized_and_reported(released_folder):
     """Weights without a head: the classifier is new, normal with initializer_range, and reported as missing."""
     model, report = AutoModelForSequenceClassification.from_pretrained(
         released_folder, trust_remote_code=True, num_labels=3, output_loading_info=True
@@ -116,7 +116,7 @@ def test_classification_head_is_initialised_and_said_so(released_folder):
     assert weight.shape == (3, 256) and 0.01 < weight.std() < 0.03 and not model.classifier_head.bias.any()
 
 
-def test_prefix_is_initialised_and_said_so(released_folder):
+def test_missing_prefix_is_initialized_and_reported(released_folder):
     """pre_seq_len on weights without a prefix: it is new, and normal, never uninitialised memory."""
     model, report = AutoModel.from_pretrained(
         released_folder, trust_remote_code=True, pre_seq_len=7, prefix_projection=True, output_loading_info=True
@@ -185,7 +185,7 @@ def test_reload_keeps_dtype_and_config(make_model, tmp_path):
     assert again.config.some_tools_key == 3 and config["multi_query_group_num"] == 2
 
 
-def test_tensors_that_are_missing_left_over_or_misshapen_are_named(saved):
+def test_missing_unexpected_and_mismatched_tensors_are_reported(saved):
     """A checkpoint that does not fit says which tensor, and what is wrong with it."""
     _, folder = saved
     state = load_file(folder / "model.safetensors")
@@ -201,7 +201,7 @@ def test_tensors_that_are_missing_left_over_or_misshapen_are_named(saved):
         ChatGLMForConditionalGeneration.from_pretrained(folder)
 
 
-def test_weights_of_another_shape_are_refused(saved):
+def test_weights_of_another_shape_are_rejected(saved):
     """The wrong config beside the weights: an error, not a model of random values."""
     _, folder = saved
     edit_config(folder, hidden_size=32)
@@ -211,7 +211,7 @@ def test_weights_of_another_shape_are_refused(saved):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("where", ["config.json", "argument"])
-def test_float_weights_where_the_config_asks_for_quantized_ones(saved, bits, where):
+def test_float_weights_under_a_quantized_config_are_rejected(saved, bits, where):
     """quantization_bit beside a float checkpoint: an error with the cure, never weights of zeros; and it cures."""
     model, folder = saved
     asked = {"quantization_bit": bits} if where == "argument" else {}

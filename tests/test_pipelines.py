@@ -1,4 +1,4 @@
-"""transformers' pipelines on the carried checkpoint, as Auto classes load it."""
+"""transformers' pipelines on the tiny checkpoint, as Auto classes load it."""
 
 import threading
 
@@ -50,7 +50,7 @@ def test_streamer(generator):
 
 @pytest.mark.needs_transformers("4.49", "assisted pipelines without a NameError of their own")
 def test_assisted_generation(generator):
-    """A draft model, here the same toy, proposes tokens: the same answer in less than half of the model's steps."""
+    """A draft model, here the same model, proposes tokens: the same answer in less than half of the model's steps."""
     draft = load()
     assisted = pipeline(
         "text-generation", load(), tokenizer=generator.tokenizer, assistant_model=draft,

@@ -26,12 +26,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
         ("cpu", "meta", "backend='cpu' cannot run on meta: .*\\.cpu\\(\\)"),
     ],
 )
-def test_a_backend_that_cannot_run_is_an_error_with_the_cure(backend, device, message):
+def test_unavailable_backend_is_an_error_with_a_remedy(backend, device, message):
     with pytest.raises(ValueError, match=message):
         choose(backend, torch.device(device))
 
 
-def test_a_new_family_is_one_file_and_one_line_of_the_registry(monkeypatch):
+def test_new_family_needs_one_file_and_one_line_of_the_registry(monkeypatch):
     """A family for another device, whose layout has the rows in reverse: choice, layout, saving and gradients."""
     module = types.ModuleType("chatglm2.quantization_reverse")
     layout = Layout(
@@ -57,7 +57,7 @@ def test_a_new_family_is_one_file_and_one_line_of_the_registry(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_an_input_of_another_width_or_dtype_is_refused(backend, bits):
+def test_inputs_of_wrong_width_or_dtype_are_rejected(backend, bits):
     """No kernel reads past the input or the weight: the layer and the op refuse, in the released packing and after."""
     layer = QuantizedLinear.from_linear(nn.Linear(64, 64), bits, backend=backend)
     for laid_out in (False, True):
@@ -90,7 +90,7 @@ def test_opcheck(backend, gradient):
 @pytest.mark.parametrize("backend", ["auto", "stock", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits, group_size", [(8, None), (4, None), (4, 32)])
-def test_the_gradient_is_that_of_the_dequantized_linear(backend, dtype, bits, group_size):
+def test_gradient_matches_the_dequantized_linear(backend, dtype, bits, group_size):
     torch.manual_seed(0)
     layer = QuantizedLinear.from_linear(nn.Linear(96, 40, dtype=dtype), bits, group_size=group_size, backend=backend)
     x = torch.randn(2, 5, 96, dtype=dtype, requires_grad=True)
@@ -105,7 +105,7 @@ def test_the_gradient_is_that_of_the_dequantized_linear(backend, dtype, bits, gr
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
-def test_the_gradient_survives_a_state_dict_between_forward_and_backward():
+def test_gradient_survives_a_state_dict_between_forward_and_backward():
     layer = QuantizedLinear.from_linear(nn.Linear(64, 40), 4)
     x = torch.randn(3, 64, requires_grad=True)
     y = layer(x)
@@ -114,7 +114,7 @@ def test_the_gradient_survives_a_state_dict_between_forward_and_backward():
     assert x.grad.isfinite().all() and x.grad.any()
 
 
-def test_autocast_casts_the_input_as_it_does_for_a_linear_layer():
+def test_autocast_casts_the_input_as_for_a_linear_layer():
     """float32 and float16 inputs become bfloat16, float64 stays; the gradient comes back in the input's dtype."""
     layer = QuantizedLinear.from_linear(nn.Linear(64, 48), 4)
     x = torch.randn(3, 64, requires_grad=True)
@@ -129,7 +129,7 @@ def test_autocast_casts_the_input_as_it_does_for_a_linear_layer():
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14) or sys.platform == "win32", reason="torch.compile is not there")
-def test_autocast_compiles_without_a_break():
+def test_autocast_compiles_without_graph_breaks():
     """Which dtype autocast computes in is known while tracing; a graph made without it is not taken for one with it."""
     layer, x = QuantizedLinear.from_linear(nn.Linear(64, 48), 4), torch.randn(3, 64)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -141,7 +141,7 @@ def test_autocast_compiles_without_a_break():
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14) or sys.platform == "win32", reason="torch.compile is not there")
-def test_compile_takes_the_op_as_it_is():
+def test_compile_keeps_the_op():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 32))
     network = nn.Sequential(*[QuantizedLinear.from_linear(m, 4) if isinstance(m, nn.Linear) else m for m in network])
@@ -156,7 +156,7 @@ def test_compile_takes_the_op_as_it_is():
 
 @pytest.mark.skipif(sys.version_info >= (3, 14) or sys.platform == "win32", reason="torch.compile is not there")
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_compiled), "stock", "torch"])
-def test_export_leaves_the_layer_as_it_was(backend):
+def test_export_leaves_the_layer_unchanged(backend):
     layer, x = QuantizedLinear.from_linear(nn.Linear(64, 64), 4, backend=backend), torch.randn(2, 64)
     weight, y = layer.weight.clone(), layer(x)
     for _ in range(2):
@@ -165,7 +165,7 @@ def test_export_leaves_the_layer_as_it_was(backend):
         assert torch.equal(layer.state_dict()["weight"], weight)
 
 
-def test_gradients_traces_and_modes_see_the_op(monkeypatch):
+def test_gradients_traces_and_modes_dispatch_the_op(monkeypatch):
     """A layer calls its kernel directly only where nothing needs the dispatcher."""
     layer, x = QuantizedLinear.from_linear(nn.Linear(64, 32), 8, backend="torch"), torch.randn(2, 64)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_gradients_traces_and_modes_see_the_op(monkeypatch):
 
 @pytest.mark.parametrize("bits, group_size", [(8, None), (4, None), (4, 32)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_state_dict_is_the_released_format_whatever_was_run_before(bits, group_size, bias):
+def test_state_dict_is_always_in_the_released_format(bits, group_size, bias):
     linear = nn.Linear(64, 40, bias=bias).half()
     layer = QuantizedLinear.from_linear(linear, bits, group_size=group_size)
     weight, scale = quantize_weight(linear.weight, bits, group_size)
@@ -232,7 +232,7 @@ def test_copies_compute_the_same(how):
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_compiled), "stock"])
-def test_weights_that_others_put_in_place(backend):
+def test_weights_assigned_from_outside(backend):
     """functional_call swaps in weights in either form, nn.DataParallel attributes; what fits neither is an error."""
     layer, x = QuantizedLinear.from_linear(nn.Linear(64, 64), 4, backend=backend), torch.randn(2, 64)
     released = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -251,7 +251,7 @@ def test_weights_that_others_put_in_place(backend):
     assert torch.equal(layer(x), y) and torch.equal(layer.state_dict()["weight"], released["weight"])
 
 
-def test_casting_changes_the_scale_and_never_the_weight():
+def test_casting_changes_only_the_scale():
     layer = QuantizedLinear.from_linear(nn.Linear(64, 40).half(), 8)
     weight = layer.state_dict()["weight"].clone()
     scale = layer.weight_scale.clone()
@@ -284,13 +284,13 @@ def test_a_new_backend_converts_the_weight_once():
     assert layer.backend == "stock" and torch.equal(layer.state_dict()["weight"], weight)
 
 
-def test_a_float_weight_is_refused_rather_than_truncated():
+def test_float_weights_are_rejected_not_truncated():
     layer = QuantizedLinear.from_linear(nn.Linear(64, 40), 8)
     with pytest.raises(RuntimeError, match="weight is torch.float32 in the checkpoint, but int8 is held as torch.int8"):
         layer.load_state_dict(nn.Linear(64, 40).state_dict(), strict=False)
 
 
-def test_a_float_embedding_is_refused_rather_than_truncated():
+def test_float_embeddings_are_rejected_not_truncated():
     embedding = quantization.QuantizedEmbedding.from_embedding(nn.Embedding(9, 8))
     with pytest.raises(RuntimeError, match="weight is torch.float32 in the checkpoint"):
         embedding.load_state_dict(nn.Embedding(9, 8).state_dict(), strict=False)

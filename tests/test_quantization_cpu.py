@@ -30,7 +30,7 @@ def test_the_layout_reorders_the_released_packing(out, k, bits, seed):
 
 
 @needs_compiled
-def test_a_token_gets_the_same_result_alone_and_in_a_batch():
+def test_results_do_not_depend_on_the_batch():
     x, *rest = make(29, 512, 96, 4, torch.bfloat16)
     linear = linear_of("cpu")
     together = linear(x, *rest)
@@ -98,7 +98,7 @@ def test_processes_may_compile_concurrently_and_share_the_library(tmp_path):
     assert (name, messages, runtimes) == ("cpu", "[]", "1")  # one OpenMP runtime: torch's
 
 
-def test_without_a_compiler_there_is_one_warning_and_the_result_is_right(tmp_path):
+def test_without_a_compiler_results_are_right_after_one_warning(tmp_path):
     name, messages, total, _ = finish(start(tmp_path, CC="/nowhere/gcc"))
     assert name == "stock"
     assert messages.count("run slower") == 1
@@ -110,14 +110,14 @@ def test_without_a_compiler_there_is_one_warning_and_the_result_is_right(tmp_pat
 
 
 @needs_compiled
-def test_CC_may_contain_options(tmp_path):
+def test_CC_with_options(tmp_path):
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("gcc") or shutil.which("cc")]
     name, messages, *_ = finish(start(tmp_path, CC=shlex.join([*compiler, "-m64"])))
     assert (name, messages) == ("cpu", "[]")
 
 
 @needs_compiled
-def test_a_cache_that_others_can_write_to_is_not_used(tmp_path, monkeypatch):
+def test_cache_writable_by_others_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "chatglm2").mkdir()
     (tmp_path / "chatglm2").chmod(0o777)

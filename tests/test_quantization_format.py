@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden" / "quantization.safetensors"
 SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "quant_shared.safetensors"
 
 
-@pytest.mark.parametrize("path", [GOLDEN, SHARED_GOLDEN], ids=["carried", "shared"])
+@pytest.mark.parametrize("path", [GOLDEN, SHARED_GOLDEN], ids=["own", "shared"])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
 def test_golden_matrices(path, bits, dtype):
@@ -109,6 +109,6 @@ def test_smaller_groups_round_int4_more_finely(group_size, least):
         (lambda w: w.to("meta"), (4,), "meta device"),
     ],
 )
-def test_weights_that_cannot_be_rounded(function, change, arguments, message):
+def test_unsupported_weights_are_rejected(function, change, arguments, message):
     with pytest.raises(ValueError, match=message):
         function(change(torch.ones(4, 8)), *arguments)

@@ -1,14 +1,19 @@
-"""Every CPU kernel family, held to the reference by the reference's own error."""
+"""The CPU kernel families against the reference, within the reference's own error; and devices without the GPU ones."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+from chatglm2 import quantization_cpm, quantization_triton
 from chatglm2.quantization import QuantizedLinear
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantization_helpers import (
     BACKENDS,
+    CUDA,
     DTYPES,
     KERNELS,
     assert_as_exact_as_the_reference,
@@ -25,7 +30,7 @@ from torch import nn
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_kernels_agree_with_the_reference(kernel, dtype, bits):
+def test_kernels_match_the_reference(kernel, dtype, bits):
     linear = linear_of(kernel)
     shapes = [
         (1, 2, 1),
@@ -66,7 +71,7 @@ def test_kernels_support_groups(kernel, bits, group_size):
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_kernels_agree_on_any_shape(kernel, n, columns, out, bits, dtype, group_size, seed):
+def test_kernels_match_the_reference_on_any_shape(kernel, n, columns, out, bits, dtype, group_size, seed):
     k = columns * 2 if group_size is None else group_size * (columns // 9)
     arguments = make(n, k, out, bits, dtype, group_size, seed=seed)
     y = linear_of(kernel)(*arguments)
@@ -101,7 +106,7 @@ def test_huge_tiny_and_zero_inputs(kernel, dtype, n):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_inf_are_not_hidden(kernel, dtype):
+def test_nan_and_inf_propagate(kernel, dtype):
     for n in (1, 6, 20):
         for bad in (float("nan"), float("inf")):
             x, *rest = make(n, 256, 33, 8, dtype)
@@ -112,7 +117,7 @@ def test_nan_and_inf_are_not_hidden(kernel, dtype):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_largest_products_do_not_overflow(kernel, bits):
+def test_largest_products_do_not_overflow(kernel, bits):
     """Weights of -128 or -8 and inputs of one sign: the largest intermediate sums."""
     weight = torch.full(
         (40, 512 * bits // 8), -128 if bits == 8 else -0x78, dtype=torch.int8
@@ -123,7 +128,7 @@ def test_the_largest_products_do_not_overflow(kernel, bits):
 
 
 @pytest.mark.parametrize("kernel", BACKENDS)
-def test_empty_batches_and_odd_shapes_of_the_input(kernel):
+def test_empty_batches_and_non_contiguous_inputs(kernel):
     layer = QuantizedLinear.from_linear(nn.Linear(64, 24), 4, backend=kernel)
     assert layer(torch.empty(0, 64)).shape == (0, 24)
     assert layer(torch.empty(2, 0, 64)).shape == (2, 0, 24)
@@ -133,3 +138,27 @@ def test_empty_batches_and_odd_shapes_of_the_input(kernel):
     half = copy.deepcopy(layer).bfloat16()
     assert half(x.bfloat16()).dtype == torch.bfloat16
     assert layer(x.bfloat16()).dtype == torch.bfloat16  # the input's dtype, whatever the scales' is
+
+
+# The GPU families, without a GPU
+
+
+@pytest.mark.parametrize("module", (quantization_triton, quantization_cpm))
+@pytest.mark.parametrize("device", ("cpu", "mps", "meta"))
+def test_unavailable_on_other_devices(module, device):
+    reason = module.unavailable(torch.device(device))
+    assert device in reason and "\n" not in reason
+
+
+def test_importing_imports_no_gpu_library():
+    code = "import sys; sys.path.insert(0, sys.argv[1] + '/lib')\n"
+    code += "from chatglm2 import quantization_cpm, quantization_triton\n"
+    code += "assert not {'triton', 'cpm_kernels'} & set(sys.modules), 'imported'"
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", (quantization_triton, quantization_cpm))
+def test_unavailable_without_a_gpu(module):
+    reason = module.unavailable(CUDA)
+    assert reason and "\n" not in reason

@@ -61,7 +61,7 @@ def test_a_released_checkpoint_loads(make_model, tmp_path):
 @pytest.mark.parametrize(
     "bits, options", [(8, {}), (4, {}), (4, {"group_size": 32, "skip": ["layers.0"], "embedding": True})]
 )
-def test_quantizing_while_loading_gives_what_quantize_gives(make_model, tmp_path, bits, options):
+def test_quantizing_while_loading_matches_quantize(make_model, tmp_path, bits, options):
     model = make_model().half()
     model.save_pretrained(tmp_path)
     model.quantize(bits, **options)
@@ -82,7 +82,7 @@ def test_quantizing_while_loading_gives_what_quantize_gives(make_model, tmp_path
 
 
 @pytest.mark.needs_transformers("4.55.0", "quantizers that round while loading, as they are today")
-def test_a_backend_that_cannot_run_where_the_model_loads(make_model, tmp_path):
+def test_unavailable_backend_while_loading(make_model, tmp_path):
     """With a device_map the device is known, and refused at once; without one, .cuda() may come."""
     pytest.importorskip("accelerate")
     model = make_model()
@@ -96,7 +96,7 @@ def test_a_backend_that_cannot_run_where_the_model_loads(make_model, tmp_path):
 
 @pytest.mark.needs_transformers("4.55.0", "quantizers that round while loading, as they are today")
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantized_checkpoint_may_have_more_quantized_while_it_loads(make_model, tmp_path, bits):
+def test_quantize_more_layers_of_a_quantized_checkpoint_while_loading(make_model, tmp_path, bits):
     """Its int8 and int4 layers load as they are; the float embedding and output layer are rounded, not truncated."""
     more = {"embedding": True, "output_layer": True}
     model = make_model().quantize(bits)
@@ -109,7 +109,7 @@ def test_a_quantized_checkpoint_may_have_more_quantized_while_it_loads(make_mode
 
 
 @pytest.mark.needs_transformers("4.55.0", "quantizers that round while loading, as they are today")
-def test_quantizing_while_loading_finds_the_layer_that_cannot_be(make_model, tmp_path):
+def test_quantizing_while_loading_names_the_invalid_layer(make_model, tmp_path):
     with pytest.raises(ValueError, match="bits=5"):
         ChatGLMQuantizationConfig(5)
     with pytest.raises(ValueError, match="backend='tritn'"):

@@ -43,7 +43,7 @@ def test_every_public_class_quantizes(make_model):
 
 
 @pytest.mark.parametrize("option", ["embedding", "output_layer"])
-def test_int8_rows_of_the_vocabulary_are_not_resized(make_model, option):
+def test_int8_vocabulary_cannot_be_resized(make_model, option):
     """An error before anything is changed; without them in int8 both may grow."""
     model = make_model().quantize(4, **{option: True})
     with pytest.raises(ValueError, match=f"new_num_tokens=330: the {option} has 320 rows in int8.*Resize the float"):
@@ -55,14 +55,14 @@ def test_int8_rows_of_the_vocabulary_are_not_resized(make_model, option):
     assert model(torch.tensor([[5, 6, 329]])).logits.shape == (1, 3, 330)
 
 
-def test_quantize_0_changes_nothing(make_model):
+def test_quantize_0_does_nothing(make_model):
     model = make_model()
     before = {name: id(module) for name, module in model.named_modules()}
     assert model.quantize(0) is model
     assert {name: id(module) for name, module in model.named_modules()} == before and not model.config.quantization_bit
 
 
-def test_quantize_is_idempotent_and_refuses_other_bits(make_model):
+def test_quantize_is_idempotent_and_rejects_other_bits(make_model):
     model = make_model().quantize(4)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     layers = {name: id(layer) for name, layer in linears(model).items()}
@@ -86,7 +86,7 @@ def test_quantize_before_and_after_a_cast_are_close(make_model, order):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_weight_that_is_not_finite_leaves_the_model_as_it_was(make_model, value):
+def test_non_finite_weight_leaves_the_model_unchanged(make_model, value):
     """All layers are checked before the first is replaced."""
     model = make_model()
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_a_weight_that_is_not_finite_leaves_the_model_as_it_was(make_model, valu
     ({"group_size": 64, "empty": True}, "dense: group_size=64 must be even and divide in_features=96"),
     ({"output_layer": True}, "output_layer: is wrapped by an adapter"),
 ])  # fmt: skip
-def test_what_fails_for_a_later_layer_fails_before_the_first(make_model, options, message):
+def test_errors_are_found_before_the_first_layer_is_quantized(make_model, options, message):
     model = make_model(kv_channels=24)  # query_key_value has 64 inputs, dense 96
     if "output_layer" in options:
         peft = pytest.importorskip("peft")
@@ -126,7 +126,7 @@ def test_each_layer_is_rounded_once(make_model, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_when_interrupted_the_config_says_what_is_quantized(make_model, monkeypatch, tmp_path, error):
+def test_interrupted_quantize_keeps_the_config_consistent(make_model, monkeypatch, tmp_path, error):
     """Ctrl-C between two layers, or no memory for the next: the model still saves, and loads into the same layers."""
     calls, make_one = iter(range(100)), QuantizedLinear.from_linear.__func__
 
@@ -146,7 +146,7 @@ def test_when_interrupted_the_config_says_what_is_quantized(make_model, monkeypa
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-def test_a_backend_that_cannot_run_changes_nothing(make_model):
+def test_unavailable_backend_changes_nothing(make_model):
     model = make_model()
     with pytest.raises(ValueError, match="backend='triton' cannot run on cpu"):
         model.quantize(4, backend="triton")
@@ -155,7 +155,7 @@ def test_a_backend_that_cannot_run_changes_nothing(make_model):
         make_model().to("meta").quantize(4)
 
 
-def test_the_peak_is_the_model_and_one_layer(make_model):
+def test_peak_memory_is_the_model_and_one_layer(make_model):
     """Each layer's float weight is freed before the next layer is replaced."""
     model = make_model()
     alive = [weakref.ref(layer.weight) for layer in linears(model).values()]
@@ -175,7 +175,7 @@ def test_the_peak_is_the_model_and_one_layer(make_model):
     assert left == list(range(12, 0, -1))
 
 
-def test_quantize_gives_quantized_layers_another_backend(make_model):
+def test_quantize_changes_the_backend_of_quantized_layers(make_model):
     """For a loaded int4 checkpoint, whatever layout it is in. Nothing changes if the backend cannot run."""
     model, ids = make_model().quantize(4, skip="layers.2", output_layer=True), torch.tensor([[5, 6, 7]])
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
@@ -196,7 +196,7 @@ def test_quantize_gives_quantized_layers_another_backend(make_model):
 
 
 @pytest.mark.parametrize("wrong", ["dense_4h", "layers.7", ["layers.0", "dense4h_to_h"]])
-def test_a_name_in_skip_that_no_layer_has_is_an_error(make_model, wrong):
+def test_unknown_name_in_skip_is_an_error(make_model, wrong):
     """The error gives the name. A single name need not be in a list."""
     model = make_model()
     with pytest.raises(ValueError, match="skip='(dense_4h|layers.7|dense4h_to_h)' matches no layer"):
@@ -206,7 +206,7 @@ def test_a_name_in_skip_that_no_layer_has_is_an_error(make_model, wrong):
     assert {name[-13:] for name, m in linears(model).items() if not isinstance(m, QuantizedLinear)} == {"dense_4h_to_h"}
 
 
-def test_skip_is_undone_by_a_second_walk(make_model):
+def test_second_quantize_covers_skipped_layers(make_model):
     model = make_model().quantize(4, skip=["layers.0"])
     assert len(model.config.quantization_options["skip"]) == 4
     model.quantize(4)
@@ -238,7 +238,7 @@ def test_lora_trains_on_top(make_model, bits, dtype):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_layers_inside_an_adapter_are_not_quantized_in_part(make_model):
+def test_layers_inside_an_adapter_are_rejected(make_model):
     """An error, never a model of both. With int4 under the adapter, quantizing again changes nothing."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["query_key_value"])
@@ -265,7 +265,7 @@ def test_a_prefix_trains_on_top(make_model, bits):
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14) or sys.platform == "win32", reason="torch.compile is not there")
-def test_one_quantized_block_compiles_without_a_break(make_model):
+def test_quantized_block_compiles_without_graph_breaks(make_model):
     model = make_model().quantize(4)
     mlp = model.transformer.encoder.layers[0].mlp
     x = torch.randn(1, 5, 64)

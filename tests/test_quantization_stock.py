@@ -50,7 +50,7 @@ ROUNDED = {
     *(pytest.param(f"{count} integer", bits, marks=needs_products) for count in ("two", "one") for bits in (8, 4)),
     *(("float32", bits) for bits in (8, 4)),
 ])  # fmt: skip
-def test_every_method_is_as_exact_as_its_rounding_of_the_inputs(method, bits, monkeypatch):
+def test_methods_are_as_exact_as_their_input_rounding(method, bits, monkeypatch):
     monkeypatch.setattr(quantization_stock, "has_vector_loops", lambda: method in ("layout", "bfloat16"))
     monkeypatch.setattr(quantization_stock, "FEW_INTEGERS", 99 if method == "two integer" else 0)
     monkeypatch.setattr(quantization_stock, "multiplies_integers", lambda bits: method != "float32")

@@ -15,7 +15,7 @@ from torch import nn
 
 @pytest.mark.parametrize("backend", ["auto", "stock"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_threads_that_use_a_new_layer_at_once_lay_it_out_once(backend, bits):
+def test_concurrent_first_use_converts_the_layout_once(backend, bits):
     """The others find the layout and leave it as it is."""
     layer = QuantizedLinear.from_linear(nn.Linear(256, 192).half(), bits, backend=backend)
     weight, x = layer.weight.clone(), torch.randn(2, 256).half()
@@ -27,7 +27,7 @@ def test_threads_that_use_a_new_layer_at_once_lay_it_out_once(backend, bits):
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_compiled), "stock"])
-def test_what_is_saved_is_in_the_released_format_whatever_another_thread_does(monkeypatch, backend):
+def test_saving_while_threads_compute_keeps_the_released_format(monkeypatch, backend):
     """A forward that starts between the conversion and the saving or copying waits until that is done."""
     layer, x = QuantizedLinear.from_linear(nn.Linear(64, 64), 4, backend=backend), torch.randn(2, 64)
     weight, y, release, threads = layer.weight.clone(), layer(x), QuantizedLinear._release, []
@@ -99,7 +99,7 @@ def test_saving_and_copying_while_threads_compute(backend):
     assert len(results) >= 8 and all(torch.equal(result, y) for result in results)
 
 
-def test_an_embedding_loads_as_one_while_threads_compute():
+def test_embedding_loads_atomically_while_threads_compute():
     ids = torch.arange(9)
     one, other = (quantization.QuantizedEmbedding.from_embedding(nn.Embedding(9, 64)) for _ in range(2))
     states, want = [copy.deepcopy(layer.state_dict()) for layer in (one, other)], [one(ids), other(ids)]

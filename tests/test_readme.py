@@ -50,12 +50,12 @@ def test_model_card_metadata(text):
 
 
 @BOTH
-def test_a_visitor_reads_it_in_a_minute(text):
+def test_readme_length(text):
     assert text.count("\n") <= 150
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_lead_somewhere(page):
+def test_links_are_valid(page):
     """Every relative link of a page is a file, and every anchor a heading of the page that it leads to."""
 
     def headings(path):
@@ -83,14 +83,14 @@ def test_both_languages_paste_the_same_code():
     assert commands(ENGLISH) == commands(CHINESE)
 
 
-def test_tables_are_those_of_the_results():
+def test_tables_match_the_results():
     """`python benchmarks tables` would change none of the pages."""
     for page, text in import_file(ROOT / "benchmarks" / "tables.py").pages().items():
         assert page.read_text(encoding="utf-8") == text
 
 
 @BOTH
-def test_claims_are_those_of_the_results(text):
+def test_claims_match_the_results(text):
     """Each figure of the first screen's claims is the newest run's."""
     claims = "".join(re.findall(r"\n- .*", text.partition("\n## ")[0]))
     assert [
@@ -132,7 +132,7 @@ def run(command, folder):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The repository's folder, and beside its files `chatglm2-6b`, in which the carried checkpoint stands for it."""
+    """The repository's folder, and beside its files `chatglm2-6b`, in which the tiny checkpoint stands for it."""
     for path in ROOT.iterdir():
         if path.name not in ("output", "build") and not path.name.startswith("."):
             (tmp_path / path.name).symlink_to(path)
@@ -149,7 +149,7 @@ def runnable():
 
 @pytest.mark.needs_transformers("5.0", "all that the pages print")
 @pytest.mark.parametrize("page", list(runnable()))
-def test_blocks_print_what_they_say(page, checkout):
+def test_code_blocks_print_their_output(page, checkout):
     script = ""
     for language, text in blocks(page):
         if language == "console":
@@ -164,7 +164,7 @@ def test_blocks_print_what_they_say(page, checkout):
                 assert printed[-len(expected) :] == expected, text
 
 
-def test_a_block_that_prints_something_else_is_seen(checkout):
+def test_wrong_output_of_a_code_block_is_detected(checkout):
     """The test above can fail: on another output, on lines left out, and on an error."""
     page = checkout / "page.md"
     page.write_text(
@@ -174,6 +174,6 @@ def test_a_block_that_prints_something_else_is_seen(checkout):
     assert sessions(console) == [("echo a; echo b", ["a"])]
     assert not matches(["a", "b"], ["a"]) and matches(["a", "b"], ["a", "..."]) and not matches(["b"], ["a", "..."])
     with pytest.raises(AssertionError, match="echo a; echo b"):
-        test_blocks_print_what_they_say(page, checkout)
+        test_code_blocks_print_their_output(page, checkout)
     with pytest.raises(AssertionError, match="No such file"):
         run(["bash", "-c", "cat nothing-there"], checkout)

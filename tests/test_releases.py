@@ -209,7 +209,7 @@ def test_argument_dtype_must_be_torch_dtype_not_str(folder, name):
     assert AutoModel.from_config(config, **REMOTE, torch_dtype=dtype).dtype == dtype
 
 
-def test_the_default_dtype_is_the_checkpoints(folder, tmp_path):
+def test_default_dtype_is_that_of_the_checkpoint(folder, tmp_path):
     """Not float32, which takes twice the memory; whatever the name under which the configuration stores it."""
     assert load(folder).dtype == torch.float16
     renamed = copy_of(folder, tmp_path)
@@ -228,7 +228,7 @@ def test_buffers_made_on_the_meta_device(folder):
     assert not [name for name, tensor in model.state_dict().items() if tensor.is_meta]
 
 
-def test_loaded_weights_overwritten_by_initialisation(folder):
+def test_loaded_weights_overwritten_by_initialization(folder):
     """On 5.0.0 an _init_weights that wrote through `.data` ran over what had been loaded."""
     wanted = stored(folder)
     for auto in (AutoModel, AutoModelForSequenceClassification):
@@ -237,7 +237,7 @@ def test_loaded_weights_overwritten_by_initialisation(folder):
             assert torch.equal(state[name], tensor.to(state[name].dtype)), name
 
 
-def test_missing_weights_left_uninitialised(folder, tmp_path):
+def test_missing_weights_left_uninitialized(folder, tmp_path):
     """From 4.36 on a model is built without initialisation, and what the files lack gets it afterwards."""
     layer = "transformer.encoder.layers.1."
     state = {name: tensor for name, tensor in stored(folder).items() if not name.startswith(layer)}
@@ -254,7 +254,7 @@ def test_missing_weights_left_uninitialised(folder, tmp_path):
             assert 0.01 < got[name].std() < 0.03, name
 
 
-def test_attention_is_chosen_at_load(folder):
+def test_attn_implementation_at_load(folder):
     """`attn_implementation` is taken by name, also where the release does not know the word."""
     ids, mask = batch()
     out = {}
@@ -268,7 +268,7 @@ def test_attention_is_chosen_at_load(folder):
 @pytest.mark.skipif(
     conftest.release(transformers.__version__) >= (4, 48), reason="the attention interface is there: nothing to refuse"
 )
-def test_an_attention_that_a_later_release_brings_is_named(make_model):
+def test_attention_of_a_later_release_is_named(make_model):
     model = make_model()
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match=r"flex_attention.*4\.\d\d"):
@@ -314,7 +314,7 @@ def figures(model):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_figures_are_those_of_the_newest_release(variant, attention):
+def test_results_match_the_newest_release(variant, attention):
     """Logits to 1e-6 in float32, greedy and beam ids equal, for rows with and without padding."""
     wanted = json.loads(GOLDEN.read_text())["figures"][variant]
     model = formula_model(**VARIANTS[variant])

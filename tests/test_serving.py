@@ -1,4 +1,4 @@
-"""transformers' own server and terminal chat run the carried checkpoint, asked by the real `openai` client."""
+"""transformers' own server and terminal chat run the tiny checkpoint, asked by the real `openai` client."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ PAGED = ("--continuous-batching", "--cb-num-blocks", "64")  # not most of the me
 
 @pytest.fixture(scope="module", params=[(0, ()), (0, PAGED), (4, ())], ids=["plain", "paged", "int4"])
 def folder_and_options(request, tmp_path_factory):
-    """The toy, or the folder of its int4 weights, and options of the server."""
+    """The tiny checkpoint, or the folder of its int4 weights, and options of the server."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     bits, options = request.param
@@ -112,7 +112,7 @@ def busy(process, seconds=0.5):
     return (sum(process.cpu_times()[:2]) - before) / seconds
 
 
-def test_client_that_goes_away_frees_its_slot(client):
+def test_disconnected_client_frees_its_slot(client):
     """Three clients leave answers that would go on for minutes: the server rests, and serves the next one."""
     for _ in range(3):
         with ask(client, "你好", stream=True, **ENDLESS) as stream:

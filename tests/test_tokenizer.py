@@ -1,4 +1,4 @@
-"""The tokenizer's meaning, on the carried checkpoint's own vocabulary, and on the released one where it lies near."""
+"""The tokenizer's meaning, on the tiny checkpoint's own vocabulary, and on the released one where it lies near."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ def special_ids(tokenizer):
     return {0, 1, 2, *tokenizer.tokenizer.special_tokens.values()}
 
 
-def test_a_text_is_gmask_sop_and_its_pieces(tokenizer):
+def test_text_encodes_to_gmask_sop_and_pieces(tokenizer):
     """encode adds [gMASK] sop in front, a pair </s> behind; the mask is ones, the positions count from 0."""
     pieces = tokenizer.encode("你好", add_special_tokens=False)
     prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
@@ -73,7 +73,7 @@ def test_special_strings_stay_text_in_the_template(tokenizer, text):
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 @settings(max_examples=150, deadline=None)
-def test_every_text_comes_back(text):
+def test_every_text_round_trips(text):
     """decode(encode(text)) is the text: byte fallback knows all characters. SentencePiece drops NUL; "▁" is a space."""
     tokenizer = shared_tokenizer()
     text = text.replace("\0", "").replace("▁", " ")
@@ -89,7 +89,7 @@ def shared_tokenizer():
 
 @given(st.text(st.sampled_from("a你好😀龘éñΩ\n €"), max_size=12))
 @settings(max_examples=100, deadline=None)
-def test_no_prefix_of_ids_shows_half_a_character(text):
+def test_no_prefix_of_ids_decodes_to_a_partial_character(text):
     """Decoded without its half character, every prefix of the ids is a prefix of the text."""
     tokenizer = shared_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -107,17 +107,17 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer):
     assert all(tokenizer._convert_id_to_token(i) == "" for i in nothing)
 
 
-def test_vocabulary_names_every_id_once(tokenizer):
+def test_vocabulary_has_one_token_per_id(tokenizer):
     """get_vocab maps names to 0 ... vocab_size - 1, len agrees, and converting goes both ways."""
     vocab = tokenizer.get_vocab()
     assert sorted(vocab.values()) == list(range(tokenizer.vocab_size)) and len(tokenizer) == tokenizer.vocab_size
     for token in ("[gMASK]", "sop", "</s>", "<0x0A>"):
         assert tokenizer.convert_tokens_to_ids(token) == vocab[token]
-    with pytest.raises(ValueError, match=r"'\[NONE\]' is not a command. Give one of \[MASK\]"):
+    with pytest.raises(ValueError, match=r"'\[NONE\]' is not a command: use one of \[MASK\]"):
         tokenizer.get_command("[NONE]")
 
 
-def test_handles_that_converters_use(tokenizer):
+def test_attributes_for_converters(tokenizer):
     """tokenizer.tokenizer.sp_model, .special_tokens and _convert_id_to_token are where converters look for them."""
     inner = tokenizer.tokenizer
     assert inner.sp_model.vocab_size() + 5 == inner.n_words == tokenizer.vocab_size
@@ -126,7 +126,7 @@ def test_handles_that_converters_use(tokenizer):
     assert inner.index_special_tokens[inner.special_tokens["sop"]] == "sop"
 
 
-def test_tokens_that_a_user_adds_stay_whole():
+def test_added_tokens_stay_whole():
     """add_tokens works as everywhere: the token is one id in text, decodes to itself, and lengthens the tokenizer."""
     tokenizer = ChatGLMTokenizer.from_pretrained(TINY)
     assert tokenizer.add_tokens(["<tool>"], special_tokens=True) == 1
@@ -155,7 +155,7 @@ def test_names_for_special_ids_stay_text(tmp_path):
     assert not special_ids(tokenizer) & set(tokenizer.encode("<eos> <pad>", add_special_tokens=False))
 
 
-def test_another_pad_token_comes_back(tmp_path):
+def test_custom_pad_token_round_trips(tmp_path):
     """A pad token that a user chose is saved and loaded."""
     ChatGLMTokenizer.from_pretrained(TINY, pad_token="</s>").save_pretrained(tmp_path)
     assert ChatGLMTokenizer.from_pretrained(tmp_path).pad_token_id == 2
@@ -189,7 +189,7 @@ def as_messages(query, history):
     return [*turns, {"role": "user", "content": query}]
 
 
-def test_prompt_is_the_originals(tokenizer):
+def test_prompt_matches_the_original(tokenizer):
     """Rounds count from 1, each with 问 and 答, two line feeds between them."""
     assert (
         tokenizer.build_prompt("再见", [("你好", "你好！")])
@@ -199,7 +199,7 @@ def test_prompt_is_the_originals(tokenizer):
 
 @pytest.mark.needs_transformers("4.34", "chat templates")
 @pytest.mark.parametrize("rounds", [0, 1, 2])
-def test_template_gives_the_prompts_ids(tokenizer, rounds):
+def test_template_matches_the_prompt(tokenizer, rounds):
     """apply_chat_template(messages, add_generation_prompt=True) equals the tokenized build_prompt."""
     query, history = "  再见 {{ x }}\n", HISTORY[:rounds]
     want = tokenizer(tokenizer.build_prompt(query, history))["input_ids"]
@@ -214,7 +214,7 @@ def test_template_gives_the_prompts_ids(tokenizer, rounds):
 
 
 @pytest.mark.needs_transformers("4.34", "chat templates")
-def test_template_ends_behind_the_last_answer(tokenizer):
+def test_template_ends_after_the_last_answer(tokenizer):
     """A conversation that ends with its answer, as for training: nothing follows the answer."""
     messages = as_messages("再见", HISTORY)[:-1]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -222,7 +222,7 @@ def test_template_ends_behind_the_last_answer(tokenizer):
 
 
 @pytest.mark.needs_transformers("4.34", "chat templates")
-def test_system_message_stands_before_round_one(tokenizer):
+def test_system_message_comes_before_round_one(tokenizer):
     """A system message is text in front of the first round."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -241,7 +241,7 @@ def test_system_message_stands_before_round_one(tokenizer):
         (["user", None], "must be text"),
     ],
 )
-def test_odd_orders_of_roles_are_refused(tokenizer, roles, message):
+def test_invalid_role_orders_are_rejected(tokenizer, roles, message):
     """Another order than system, user, assistant, user, ... raises, and says what is wrong."""
     from jinja2.exceptions import TemplateError
 
@@ -252,7 +252,7 @@ def test_odd_orders_of_roles_are_refused(tokenizer, roles, message):
 # What tools around the model ask of it
 
 
-def test_one_special_id_by_itself_gives_its_name(tokenizer):
+def test_single_special_id_decodes_to_its_name(tokenizer):
     """lm-evaluation-harness asks so what ends an answer; an empty string would end every answer at once."""
     assert [tokenizer.decode(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
     assert tokenizer.decode(2, skip_special_tokens=True) == tokenizer.decode([2]) == ""
@@ -261,7 +261,7 @@ def test_one_special_id_by_itself_gives_its_name(tokenizer):
 @pytest.mark.needs_transformers("5.10", "a server that streams by tokenizers' DecodeStream")
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 @settings(max_examples=60, deadline=None)
-def test_the_servers_decoder_gives_the_same_text(text):
+def test_rust_decoder_gives_the_same_text(text):
     """transformers' server streams by a Rust decoder: whole and one id at a time, special ids aside."""
     tokenizer = shared_tokenizer()
     ids, decoder = tokenizer.encode(text) + [2], tokenizer.tokenizer._tokenizer
@@ -282,7 +282,7 @@ def released():
     return ChatGLMTokenizer(str(path))
 
 
-def test_released_vocabulary_gives_the_originals_ids(released):
+def test_released_vocabulary_matches_the_original(released):
     """63 texts, pairs and prompts of the original, with the released tokenizer.model."""
     golden = json.loads((SHARED / "golden" / "tokenizer_shared.json").read_text())
     for x in golden["texts"]:

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from chatglm2 import attention_chatglm, transformers_compat
+from chatglm2 import transformers_compat
 from chatglm2.modeling_chatglm import ChatGLMForSequenceClassification, ChatGLMModel
 from chatglm2.quantization import FAMILIES
 from chatglm2.transformers_compat import CACHE, CACHE_NAMES, DynamicCache, with_both_cache_names
@@ -27,7 +27,7 @@ def some_ids(rows=1, length=9):
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
-def test_greedy_ids_are_the_same_with_a_cache_and_without(make_model, padded):
+def test_greedy_ids_are_the_same_with_and_without_a_cache(make_model, padded):
     """And with a cache every step feeds one token: the cache that generate holds reaches the model."""
     model, ids = make_model(), some_ids(2)
     mask = torch.ones_like(ids)
@@ -42,7 +42,7 @@ def test_greedy_ids_are_the_same_with_a_cache_and_without(make_model, padded):
 @torch.no_grad()
 @pytest.mark.parametrize("name", CACHE_NAMES)
 @pytest.mark.parametrize("cls", [None, ChatGLMModel, ChatGLMForSequenceClassification])
-def test_every_forward_takes_both_names_of_the_cache(make_model, cls, name):
+def test_forward_takes_both_names_of_the_cache(make_model, cls, name):
     model = make_model(**({"cls": cls} if cls else {})).eval()
     ids, cache = some_ids(), DynamicCache()
     whole = model(ids).to_tuple()[0]
@@ -56,7 +56,7 @@ def test_every_forward_takes_both_names_of_the_cache(make_model, cls, name):
 
 
 @torch.no_grad()
-def test_a_cache_is_taken_under_any_name(make_model):
+def test_cache_is_accepted_under_any_name(make_model):
     """A future generate that renames it again does not lose it."""
     model, ids, cache = make_model(), some_ids(), DynamicCache()
     model(ids[:, :5], attention_memory=cache)
@@ -66,7 +66,7 @@ def test_a_cache_is_taken_under_any_name(make_model):
 
 
 @torch.no_grad()
-def test_caches_that_cannot_be_one_are_refused(make_model):
+def test_invalid_caches_are_rejected(make_model):
     model, ids = make_model(), some_ids()
     with pytest.raises(ValueError, match="Two caches"):
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
@@ -89,7 +89,7 @@ def test_outputs_keep_their_order_and_can_be_pickled(make_model):
 
 @torch.no_grad()
 @pytest.mark.needs_transformers("4.36", "outputs of generate that hold the cache")
-def test_outputs_of_generate_answer_to_both_names(make_model):
+def test_outputs_of_generate_have_both_names(make_model):
     output = make_model().generate(some_ids(), return_dict_in_generate=True, output_scores=True, **GREEDY)
     assert len(output.scores) == 8 and output.sequences.shape == (1, 17)
     assert output.cache is output.past_key_values and output.cache is not None
@@ -99,13 +99,13 @@ def test_outputs_of_generate_answer_to_both_names(make_model):
 
 
 @pytest.mark.parametrize("cls", [None, ChatGLMModel, ChatGLMForSequenceClassification])
-def test_an_unknown_keyword_of_forward_is_an_error(make_model, cls):
+def test_unknown_keyword_of_forward_is_an_error(make_model, cls):
     model = make_model(**({"cls": cls} if cls else {}))
     with pytest.raises(TypeError, match="attenton_mask"):
         model(some_ids(), attenton_mask=torch.ones(1, 9))
 
 
-def test_a_step_without_its_cache_is_an_error(make_model):
+def test_step_without_its_cache_is_an_error(make_model):
     """transformers 5.24 under code that did not know its name for the cache: one new id, and nothing before it."""
     model, ids = make_model(), some_ids()
     with pytest.raises(ValueError, match="the cache or the whole prompt"):
@@ -117,7 +117,7 @@ def test_a_step_without_its_cache_is_an_error(make_model):
         model.prepare_inputs_for_generation(ids, cache=cache, next_sequence_length=1, attention_mask=None)
 
 
-def test_what_a_future_generate_adds_is_said_once_and_left_out(make_model):
+def test_unknown_arguments_of_generate_warn_and_are_ignored(make_model):
     model, ids = make_model(), some_ids()
     with pytest.warns(UserWarning, match="step_budget"):
         inputs = model.prepare_inputs_for_generation(ids, attention_mask=torch.ones_like(ids), step_budget=3)
@@ -125,7 +125,7 @@ def test_what_a_future_generate_adds_is_said_once_and_left_out(make_model):
 
 
 @torch.no_grad()
-def test_the_originals_masks_and_last_logit_act(make_model):
+def test_full_attention_mask_and_return_last_logit(make_model):
     model, ids = make_model(), some_ids(2)
     torch.testing.assert_close(model(ids, return_last_logit=True).logits, model(ids).logits[:, -1:])
     base = model.transformer
@@ -143,7 +143,7 @@ def test_the_originals_masks_and_last_logit_act(make_model):
 @torch.no_grad()
 @pytest.mark.needs_transformers("4.53", "a mask maker of transformers")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_our_attention_asks_no_mask_maker_of_transformers(make_model, monkeypatch, attention):
+def test_own_attention_uses_no_mask_of_transformers(make_model, monkeypatch, attention):
     """Causal, padded, static, packed and one new token, in forward and in generate."""
 
     def refuse(*args, **kwargs):
@@ -161,36 +161,6 @@ def test_our_attention_asks_no_mask_maker_of_transformers(make_model, monkeypatc
     model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2), use_cache=False)
     wanted = model.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(wanted, model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_sequences_do_not_see_each_other(make_model, attention):
-    """Where there is no cache, as in training; with one, positions may jump, as the original's may."""
-    model, ids = make_model(attention=attention), some_ids()
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    packed = model(ids, position_ids=positions, use_cache=False).logits
-    apart = torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], dim=1)
-    torch.testing.assert_close(packed, apart)
-
-
-@pytest.mark.parametrize("cached", [0, 4])
-def test_the_mask_is_what_its_rule_says(make_config, cached):
-    """Against the rule written out: a query sees a real token at or before its place, and itself."""
-    config = make_config()
-    config._attn_implementation = "sdpa"
-    real = torch.ones(3, cached + 5, dtype=torch.long)
-    real[0, :2], real[2, :] = 0, 0
-    cache = DynamicCache()
-    if cached:
-        cache.update(torch.zeros(3, 2, cached, 16), torch.zeros(3, 2, cached, 16), 0)
-    step = transformers_compat.cache_kwargs(cache, 5, torch.device("cpu"))
-    mask = attention_chatglm.causal_mask(config, torch.zeros(3, 5, 1), real, cache, **step)
-    for row in range(3):
-        for query in range(5):
-            place = cached + query
-            seen = [k for k in range(cached + 5) if k == place or (k <= place and real[row, k])]
-            assert mask[row, 0, query].nonzero().flatten().tolist() == seen
 
 
 # ---- no deprecation reaches a user ----------------------------------------------------------------------------------
@@ -217,7 +187,7 @@ def announcements():
 
 
 @torch.no_grad()
-def test_no_use_of_the_model_is_called_deprecated(announcements, make_model, tokenizer, tiny_model, tmp_path):
+def test_no_deprecation_warnings(announcements, make_model, tokenizer, tiny_model, tmp_path):
     """The fixture fails the test with what transformers announced."""
     from transformers import AutoModel
 
@@ -298,7 +268,7 @@ def borrowed_names():
 
 
 @pytest.mark.needs_transformers("5.23", "the names that the list was written against")
-def test_what_is_borrowed_from_transformers_is_written_down():
+def test_names_taken_from_transformers_are_documented():
     """docs/compatibility.md has a line with the reason for each; a new one needs a line before it passes."""
     page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     section = page.split("## What is borrowed from transformers")[1].split("\n## ")[0]
@@ -307,7 +277,7 @@ def test_what_is_borrowed_from_transformers_is_written_down():
     assert len(listed) < 46  # as many as there were before transformers 5.24
 
 
-def test_the_loader_finds_every_file_that_the_entry_files_need():
+def test_loader_finds_every_file():
     """Some releases copy only what an entry file names itself: each names all that it needs, directly or not."""
 
     def relative_imports(name):

@@ -43,7 +43,7 @@ def vllm_config_class(source):
 
 @pytest.fixture(scope="module")
 def vllm_tokenizer(source, tokenizer):
-    """The toy's tokenizer behind vLLM's cache of its properties."""
+    """The tiny checkpoint's tokenizer behind vLLM's cache of its properties."""
     module = ast.parse(source("vllm/tokenizers/hf.py"))
     function = next(node for node in module.body if getattr(node, "name", None) == "get_cached_tokenizer")
     scope = {"copy": copy, "contextlib": contextlib, "HfTokenizer": object}
@@ -52,7 +52,7 @@ def vllm_tokenizer(source, tokenizer):
 
 
 @pytest.mark.parametrize("folder", [ROOT, TINY], ids=["released", "tiny"])
-def test_vllm_reads_every_value_from_our_config(source, vllm_config_class, folder):
+def test_vllm_reads_the_config(source, vllm_config_class, folder):
     """All that vLLM's network asks of its config is there, and is what our ChatGLMConfig says."""
     from chatglm2.configuration_chatglm import ChatGLMConfig
 
@@ -76,13 +76,13 @@ def test_vllm_finds_the_architecture(source):
     assert all(f'"{name}": ("chatglm", "ChatGLMForCausalLM")' in registry for name in names)
 
 
-def test_vllm_takes_the_documented_options(source):
+def test_vllm_accepts_the_documented_options(source):
     """README's `vllm serve FOLDER --trust-remote-code`."""
     options = source("vllm/engine/arg_utils.py")
     assert '"--trust-remote-code"' in options
 
 
-def test_vllm_streams_the_tokenizers_text(source, vllm_tokenizer):
+def test_vllm_streams_the_same_text(source, vllm_tokenizer):
     """vLLM's incremental detokenization of a reply with spaces, newlines and characters spelled in bytes."""
     fake = types.ModuleType("vllm.tokenizers")
     fake.TokenizerLike = object
@@ -106,7 +106,7 @@ def test_vllm_streams_the_tokenizers_text(source, vllm_tokenizer):
     assert "".join(pieces).lstrip(" ") == text and sum(map(bool, pieces)) > 10
 
 
-def test_vllms_tokenizer_has_our_prompt(vllm_tokenizer, tokenizer):
+def test_vllm_tokenizer_has_the_same_prompt(vllm_tokenizer, tokenizer):
     """The chat template through vLLM's proxy gives the ids of build_prompt, [gMASK] sop in front."""
     ids = vllm_tokenizer.apply_chat_template(
         [{"role": "user", "content": "你好"}], add_generation_prompt=True, tokenize=True, return_dict=False

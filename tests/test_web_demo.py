@@ -215,7 +215,7 @@ def test_errors_are_shown_and_the_conversation_stays(server, open_chat):
     chat.shows(SUN[0])
     too_long = "sun " * 1100
     chat.ask(too_long)
-    toast.get_by_text("pass seq_length=1024").wait_for()
+    toast.get_by_text("exceed seq_length=1024").wait_for()
     chat.wait_until_ready()
     assert chat.texts("bot") == [SUN[0][1]] and "Traceback" not in chat.page.locator("body").inner_text()
     chat.page.get_by_label("Edit", exact=True).last.click()
@@ -224,7 +224,7 @@ def test_errors_are_shown_and_the_conversation_stays(server, open_chat):
     chat.shows(*SUN[:2])
 
 
-def test_formulas_are_set_and_html_is_not_run(server, open_chat):
+def test_formulas_are_rendered_and_html_is_escaped(server, open_chat):
     """The four kinds of LaTeX delimiters; Markdown; a script and an onerror that do nothing."""
     chat = open_chat(server)
     chat.ask(r"\(a\) $b$ $$c$$ \[d\] **e** <script>window.run = 1</script><img src=x onerror='window.run = 2'>")
@@ -236,7 +236,7 @@ def test_formulas_are_set_and_html_is_not_run(server, open_chat):
 
 
 @pytest.mark.parametrize("language, label", [("en-US", "Settings"), ("zh-CN", "参数")])
-def test_labels_follow_the_browser_and_nothing_else_is_asked(server, open_chat, language, label):
+def test_labels_follow_the_browser_language(server, open_chat, language, label):
     """English and Chinese labels. No request leaves the server: the page works with no network."""
     chat = open_chat(server, language)
     chat.page.locator(".label-wrap", has_text=label).wait_for()
@@ -277,7 +277,7 @@ def test_retry_edit_and_clear(serve, open_chat):
     assert [(query, history) for query, history, _ in served.calls] == asked
 
 
-def test_stop_ends_the_work(serve, open_chat):
+def test_stop_ends_generation(serve, open_chat):
     """Stop ends the model's work and frees its place. What was said stays, and is the next question's history."""
     served = serve()
     chat, other = open_chat(served.url), open_chat(served.url)
@@ -321,7 +321,7 @@ def test_stop_while_waiting(serve, open_chat):
 
 
 @pytest.mark.parametrize("how", ["clear", "close"])
-def test_leaving_ends_the_work(serve, open_chat, how):
+def test_leaving_ends_generation(serve, open_chat, how):
     """Clear and a closed page end the model's work, too."""
     served = serve()
     chat = open_chat(served.url)
@@ -334,7 +334,7 @@ def test_leaving_ends_the_work(serve, open_chat, how):
         chat.shows()
 
 
-def test_clear_over_a_slow_line(serve, open_chat):
+def test_clear_over_a_slow_connection(serve, open_chat):
     """What the model says until it hears of Clear brings nothing back; the next question begins a conversation."""
     served = serve()
     chat, held = open_chat(served.url), []
@@ -395,7 +395,7 @@ def test_users_do_not_mix(serve, concurrency):
     assert switches == 3 if concurrency == 1 else switches > 6
 
 
-def test_a_place_for_nobody_is_refused(serve, capsys):
+def test_zero_users_are_rejected(serve, capsys):
     """--concurrency 0 would leave every question in the queue."""
     with pytest.raises(SystemExit):
         serve("--concurrency", "0")
