@@ -85,7 +85,10 @@ class ChatGLMQuantizer(HfQuantizer):
             module, _, kind = name.rpartition(".")
             setattr(model.get_submodule(module), kind, value)
 
-    check_quantized_param = param_needs_quantization  # its name before 4.56
+    requires_parameters_quantization = True  # 4.55 and 4.56 ask for this, and for the next by position
+
+    def check_quantized_param(self, model, param_value, param_name, *args, **kwargs):
+        return self.param_needs_quantization(model, param_name)
 
     def update_missing_keys(self, model, missing_keys, prefix):  # transformers 4
         scales = {f"{name}.weight_scale" for name in self.rounds}
