@@ -107,18 +107,18 @@ def causal_mask(config, x, attention_mask, cache=None, position_ids=None, cache_
         cache: the cache before the new tokens are in it, or None.
         position_ids: [B, T] where sequences may be packed in one row: one ends where positions do not go up by 1.
         cache_position: [T] places of the new tokens, which releases before 5.4 ask for.
-        prefix: the first layer's (key, value) of P-Tuning's prefix, (B, G, P, D), where no cache holds it.
+        prefix: the layers' (key, value) of P-Tuning's prefix, (B, G, P, D), where no cache holds it.
 
     Returns:
         For eager and sdpa boolean [B or 1, 1, T, S], True where a query may look, or None: causal without exceptions.
     """
-    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
-        return attention_mask
+    if is_paged(cache) or attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
+        return attention_mask  # made by continuous batching, or by the caller
     if attention_name(config) not in OWN_ATTENTION:
         return their_causal_mask(config, x, attention_mask, cache, position_ids, cache_position, prefix)
 
     T, device = x.shape[1], x.device
-    learned = 0 if prefix is None else prefix[0].shape[2]
+    learned = prefix[0][0].shape[2] if prefix else 0
     seen, size = (learned, learned + T) if cache is None else cache_size(cache, T)  # a static cache's is a tensor
     fixed = cache is not None and size != seen + T if isinstance(seen, int) else True  # with places that are empty yet
     real = None if attention_mask is None else attention_mask.to(device, torch.bool)

@@ -130,7 +130,7 @@ class SelfAttention(nn.Module):
         value = mixed[:, :, heads + groups :].transpose(1, 2)  # (B, G, T, D)
 
         if prefix is not None:
-            key, value = (torch.cat((p, x), dim=2) for p, x in zip(prefix, (key, value)))
+            key, value = (torch.cat((p, new), dim=2) for p, new in zip(prefix, (key, value)))
         if is_paged(cache):  # continuous batching
             key, value = update_paged(cache, key, value, self.layer_idx, kwargs)
         elif cache is not None:
@@ -214,16 +214,24 @@ class GLMTransformer(nn.Module):
         self.layers = nn.ModuleList(GLMBlock(config, i) for i in range(config.num_layers))
         self.final_layernorm = make_norm(config) if config.post_layer_norm else nn.Identity()
 
-    def forward(self, x, *args, prefix=None, output_hidden_states=False, output_attentions=False, **kwargs):
-        """x (B, T, C) through all blocks; also what came before each block and after the norm, and the weights."""
+    def forward(self, x, rotary, attention_mask, attend, cache=None, cache_kwargs=None, prefix=None,
+                output_hidden_states=False, output_attentions=False, **kwargs):  # fmt: skip
+        """Run x (B, T, C) through all blocks. Returns x, and where asked for, hidden states and attention weights."""
         dtype, hidden_states, attentions = x.dtype, (), ()
         x = x.float() if self.fp32_residual else x
-        for block, block_prefix in zip(self.layers, prefix or [None] * self.num_layers):
-            hidden_states += (x,) if output_hidden_states else ()
-            x, weights = block(x, dtype, *args, prefix=block_prefix, **kwargs)
-            attentions += (weights,) if output_attentions else ()
+        for i, block in enumerate(self.layers):
+            if output_hidden_states:
+                hidden_states += (x,)
+            x, weights = block(
+                x, dtype, rotary, attention_mask, attend=attend, cache=cache, cache_kwargs=cache_kwargs,
+                prefix=prefix[i] if prefix else None, **kwargs,
+            )  # fmt: skip
+            if output_attentions:
+                attentions += (weights,)
         x = self.final_layernorm(x).to(dtype)  # (B, T, C)
-        return x, hidden_states + (x,) if output_hidden_states else None, attentions if output_attentions else None
+        if output_hidden_states:
+            hidden_states += (x,)
+        return x, hidden_states or None, attentions or None
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -238,10 +246,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             quantize(self, config.quantization_bit, empty=True, **getattr(config, "quantization_options", {}))
         if config.pre_seq_len:
             self.prefix_encoder = PrefixEncoder(config)
-        self.freeze_below_prefix()
+        self.freeze_all_but_prefix()
         self.post_init()
 
-    def freeze_below_prefix(self):
+    def freeze_all_but_prefix(self):
         """P-Tuning trains the prefix alone."""
         if self.config.pre_seq_len:
             self.requires_grad_(False)
@@ -262,11 +270,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Args:
             input_ids: int [B, T]; or `inputs_embeds` float [B, T, C].
-            position_ids: int [B, T]; by default they count the real tokens of `attention_mask` and the cache.
+            position_ids: int [B, T]; by default they count the real tokens of `attention_mask` and the cache. With
+                use_cache=False, a jump in them begins another sequence (packing).
             attention_mask: 1 for real tokens, 0 for padding, [B, S] over cached and new tokens; the prefix of
                 P-Tuning is not counted. A four-dimensional mask is handed to the attention as it is.
-            full_attention_mask: boolean, [B, T, S] or [B, 1, T, S], True where a query may *not* look, in the place
-                of the causal mask.
+            full_attention_mask: boolean, [B, T, S] or [B, 1, T, S], True where a query may *not* look. It replaces
+                the causal mask and the padding of attention_mask; a P-Tuning prefix has columns in it, too.
             cache, past_key_values: two names of the cache, whose layers hold (B, G, S, D); it is extended in place.
             **kwargs: for the attention function: `attention_chatglm.KEYWORDS`.
 
@@ -275,57 +284,43 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             last one behind the final norm; attentions are num_layers of [B, H, T, S]; the cache, under both names.
 
         Raises:
-            TypeError: a keyword that nothing here knows.
-            ValueError: both or neither of input_ids and inputs_embeds, an id outside of the vocabulary, a mask of
-                another length, two caches, attention weights asked of a fused attention.
+            TypeError: an unknown keyword.
+            ValueError: both or neither of input_ids and inputs_embeds, an id outside the vocabulary (on a CPU), a mask
+                of another length, two caches, attention weights asked of a fused attention.
         """
         config = self.config
-        given = cache = take_cache(kwargs, cache, past_key_values)
+        cache = take_cache(kwargs, cache, past_key_values)
         check_arguments(cache, kwargs)
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if output_attentions and attention_name(config) != "eager":
-            raise ValueError(
-                f"output_attentions=True: attn_implementation={attention_name(config)!r} never forms the weights. "
-                "Load the model with attn_implementation='eager'."
-            )
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds: one of the two, not both and not neither.")
-        if self.training and any(block.gradient_checkpointing for block in self.encoder.layers):
-            use_cache, cache = False, None  # the blocks run twice, and would write twice
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if use_cache and cache is None:
-            cache = DynamicCache()
-        if not self.training:
-            grow_in_place(cache)
+            raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        cache, use_cache = self._settle_cache(cache, use_cache)
+        output_attentions = self._settle_attentions(output_attentions)
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T, seen = x.shape[1], self.count_cached_tokens(cache)
         self._check_mask(attention_mask, cache, seen, T)
-        packed = position_ids if given is None else None  # only positions that a caller chose tell sequences apart
-        if position_ids is None:
-            position_ids = self.default_positions(attention_mask, seen, x)
-        rotary = rotary_cos_sin(config, position_ids)
+        positions = self.default_positions(attention_mask, seen, x) if position_ids is None else position_ids
+        rotary = rotary_cos_sin(config, positions)
+
         if full_attention_mask is not None:
             attention_mask = ~full_attention_mask.bool().reshape(-1, 1, *full_attention_mask.shape[-2:])
         prefix = None
         if config.pre_seq_len:
             prefix, attention_mask = self.prefix_encoder.put_before(x, attention_mask, cache)
-        step = cache_kwargs(cache, T, x.device, None if config.pre_seq_len else cache_position)
-        mask = attention_mask
-        if not is_paged(cache):
-            first = prefix[0] if prefix else None
-            mask = causal_mask(config, x, attention_mask, cache, packed, prefix=first, **step)
+            cache_position = None  # generate does not count the prefix
+        update_kwargs = cache_kwargs(cache, T, x.device, cache_position)
+        mask = causal_mask(config, x, attention_mask, cache, position_ids, prefix=prefix, **update_kwargs)
 
-        eager = x.is_cuda and not torch.is_grad_enabled() and not is_compiling()
-        with without_cudnn_attention() if eager else nullcontext():
+        lengths_vary = x.is_cuda and not (torch.is_grad_enabled() or is_compiling() or is_static(cache))
+        with without_cudnn_attention() if lengths_vary else nullcontext():
             x, hidden_states, attentions = self.encoder(
                 x,
                 rotary,
                 mask,
-                attend=choose_attention(config, is_paged(cache)),
+                choose_attention(config, is_paged(cache)),
                 cache=cache,
-                cache_kwargs=step,
+                cache_kwargs=update_kwargs,
                 prefix=prefix,
                 output_hidden_states=output_hidden_states,
                 output_attentions=output_attentions,
@@ -338,6 +333,33 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attentions=attentions,
         )
         return self.as_asked(output, return_dict)
+
+    def _settle_cache(self, cache, use_cache):
+        """(cache or None, whether to return it)."""
+        checkpointed = self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
+        if checkpointed:  # the blocks run twice, and would write to the cache twice
+            if cache is not None and cache.get_seq_length():
+                raise ValueError(
+                    "The cache holds tokens, and activation checkpointing cannot extend it: train without a cache, or "
+                    "call activation_checkpointing_disable()."
+                )
+            return None, False
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        if not self.training:
+            grow_in_place(cache)
+        return cache, use_cache
+
+    def _settle_attentions(self, output_attentions):
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        name = attention_name(self.config)
+        if output_attentions and name != "eager":
+            raise ValueError(
+                f"output_attentions=True: attn_implementation={name!r} does not return attention weights. Load the "
+                "model with attn_implementation='eager'."
+            )
+        return output_attentions
 
     def count_cached_tokens(self, cache):
         """Tokens that the cache holds, the prefix of P-Tuning not counted."""

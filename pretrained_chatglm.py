@@ -78,7 +78,7 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
         if unscaled:  # and float weights, which most releases of transformers have truncated to int8 by now
             raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
-        model.base_model.freeze_below_prefix()  # loading may put new parameters in the old ones' place
+        model.base_model.freeze_all_but_prefix()  # loading may put new parameters in the old ones' place
         return (model, report) if output_loading_info else model
 
     def quantize(self, bits, **options):

@@ -1,8 +1,9 @@
 """INT8 and INT4 layers for any device: the op that multiplies by quantized weights, the layers, and `quantize()`.
 
 `quantization_format` defines the weights. A kernel family is a file `quantization_<name>.py` that ends in a record,
-`FAMILY`; the op `chatglm::quantized_linear` chooses one of them by device. To add a family: write its file, give it a
-line in `FAMILIES`, and name it where modeling_chatglm.py lists the files that the Hugging Face loader copies.
+`FAMILY`; the op `chatglm::quantized_linear` chooses one of them by device. To add a family: write its file
+(`quantization_format.Family` says what it offers), give it a line in `FAMILIES`, name it where modeling_chatglm.py
+lists the files that the Hugging Face loader copies, and link it in examples/tiny; tests name what was forgotten.
 """
 
 import functools
@@ -63,6 +64,9 @@ def choose(backend: str, device: torch.device) -> str:
         if reason is None:
             return name
         message = f"quantized layers run slower than they could on {device}: backend {name!r} is unavailable: {reason}"
+        warnings.warn(message, stacklevel=2)
+    if device.type not in {*FAMILIES.values(), "meta"}:
+        message = f"no kernel runs on {device}: quantized layers restore their weights and multiply, which is slow"
         warnings.warn(message, stacklevel=2)
     return "torch"
 

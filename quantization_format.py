@@ -87,19 +87,32 @@ def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Opti
 
 
 class Layout(NamedTuple):
-    """An order of a weight's bytes that a kernel reads faster than the released packing."""
+    """An order of a weight's bytes that a kernel reads faster than the released packing.
+
+    Only `weight` has a layout; scales and biases stay as they are. Its dtype or its shape must differ from the released
+    packing's, by which a weight that was put back in that packing (by accelerate, or functional_call) is recognised.
+    """
 
     dtype: torch.dtype  # of the tensor in this layout
     shape: Callable  # out_features, in_features, bits -> its shape
     fits_layout: Callable  # out_features, in_features, bits, group_size -> whether the layout can hold such a weight
-    to_layout: Callable  # weight in the released packing, bits -> weight in this layout
+    to_layout: Callable  # weight in the released packing, bits -> weight in this layout, on the same device
     from_layout: Callable  # weight in this layout, out_features, in_features, bits -> the released packing
-    linear: Callable  # as `reference_linear`, with a weight in this layout
+    linear: Callable  # as `Family.linear`, with a weight in this layout
 
 
 class Family(NamedTuple):
-    """What a kernel family offers: the record `FAMILY` at the end of its file."""
+    """What a kernel family offers: the record `FAMILY` at the end of its file, which imports no library when imported.
 
-    linear: Callable  # as `reference_linear`, with a weight in the released packing
-    unavailable: Callable  # device -> None, or why the family cannot run there and what would help
+    linear(x, weight, weight_scale, bias, bits) -> y, as `reference_linear` and within a small multiple of its error:
+        x [N, in] is contiguous, N >= 0, float32, float16 or bfloat16; y [N, out] is new, contiguous, of x's dtype.
+        weight is in the released packing. weight_scale [out], or [out, in / group_size] for any even group_size, and
+        bias [out] or None, may be of another float dtype. It runs on x's device and current stream, and several threads
+        may call it at once. Gradients are not its business.
+    unavailable(device) -> None, or in one line why the family cannot run there and what would help. It takes any device
+        and never raises; its answer is kept.
+    """
+
+    linear: Callable
+    unavailable: Callable
     layout: Optional[Layout] = None

@@ -10,11 +10,10 @@ import mmap
 import sys
 
 import torch
-from torch import nn
 
 from .quantization import check_backend, choose, quantize
 from .quantization_format import check_bits, quantize_weight
-from .transformers_compat import ConversionOps, HfQuantizer, QuantizationConfigMixin, register_quantization
+from .transformers_compat import QuantizationConfigMixin, RoundingQuantizer, register_quantization
 
 
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
@@ -32,17 +31,10 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         self.embedding, self.output_layer, self.backend = embedding, output_layer, backend
 
 
-class ChatGLMQuantizer(HfQuantizer):
+class ChatGLMQuantizer(RoundingQuantizer):
     """Creates empty quantized layers, rounds each float weight as it loads, then removes itself from the model."""
 
-    requires_calibration = False
-    is_trainable = True  # with P-Tuning v2 or LoRA on top
-    is_compileable = True
-
-    def is_serializable(self, safe_serialization=None):
-        return True
-
-    def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
+    def create_layers(self, model, device_map):
         backend, devices = self.quantization_config.backend, set()
         if backend != "auto" and isinstance(device_map, dict):  # without one, the model may be moved later
             devices = set(device_map.values()) - {"disk"}
@@ -52,75 +44,16 @@ class ChatGLMQuantizer(HfQuantizer):
         options = {key: value for key, value in vars(self.quantization_config).items() if key != "quant_method"}
         quantize(model, empty=True, **options)
         layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "weight_scale")}
-        self.rounds = layers.keys() - stored  # the others are int8 or int4 in the checkpoint already
-        if ConversionOps is not object:  # 5.0 to 5.10 cast what they load to the parameter's dtype
-            for name in self.rounds:
-                float_weight = layers[name].weight.to(layers[name].weight_scale.dtype)
-                layers[name].weight = nn.Parameter(float_weight, requires_grad=False)
-        return model
+        return {name: layer for name, layer in layers.items() if name not in stored}  # the others are int8 and int4
 
-    def param_needs_quantization(self, model, param_name, **kwargs):
-        module, _, kind = param_name.rpartition(".")
-        return kind == "weight" and module in self.rounds
-
-    def rounded(self, model, name, weight):
-        """{name: rounded weight, name of its scale: scale} as parameters, for the layer that `name` belongs to."""
-        module = name.rpartition(".")[0]
-        layer = model.get_submodule(module)
+    def rounded(self, layer, name, weight):
+        """(rounded weight, its scale) for `layer`, from its float weight, which is called `name`."""
         try:
             tensors = quantize_weight(weight, layer.bits, layer.group_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         release_pages(weight)
-        return {
-            key: nn.Parameter(value, requires_grad=False)
-            for key, value in zip((name, f"{module}.weight_scale"), tensors)
-        }
-
-    def get_quantize_ops(self):  # transformers 5
-        return RoundWhileLoading(self)
-
-    def create_quantized_param(self, model, param_value, param_name, target_device, *args, **kwargs):  # transformers 4
-        for name, value in self.rounded(model, param_name, param_value.to(target_device)).items():
-            module, _, kind = name.rpartition(".")
-            setattr(model.get_submodule(module), kind, value)
-
-    requires_parameters_quantization = True  # 4.55 and 4.56 ask for this, and for the next by position
-
-    def check_quantized_param(self, model, param_value, param_name, *args, **kwargs):
-        return self.param_needs_quantization(model, param_name)
-
-    def update_missing_keys(self, model, missing_keys, prefix):  # transformers 4
-        scales = {f"{name}.weight_scale" for name in self.rounds}
-        return [key for key in missing_keys if key not in scales]
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        if self.rounds and "disk" in getattr(model, "hf_device_map", {}).values():
-            raise ValueError(
-                "device_map offloads layers to disk, where transformers keeps float weights: quantize and "
-                "save_pretrained without it, then load the saved model with this device_map"
-            )
-        self.remove_quantization_config(model)  # `quantization_bit` suffices, as after quantize()
-        return model
-
-    def remove_quantization_config(self, model):
-        for name in ("hf_quantizer", "quantization_method"):
-            vars(model).pop(name, None)
-        for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
-            vars(model.config).pop(name, None)
-        model.is_quantized = False
-
-
-class RoundWhileLoading(ConversionOps):
-    """For transformers 5: {name: [float weight]} -> {name: int8 weight, name of its scale: scale}."""
-
-    def __init__(self, hf_quantizer):
-        self.hf_quantizer = hf_quantizer
-
-    @torch.no_grad()
-    def convert(self, input_dict, *args, model=None, full_layer_name=None, **kwargs):
-        (value,) = input_dict.values()
-        return self.hf_quantizer.rounded(model, full_layer_name, value[0] if isinstance(value, list) else value)
+        return tensors
 
 
 def missing_quantized_weights_error(bits, found):

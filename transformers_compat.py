@@ -258,9 +258,9 @@ def their_causal_mask(config, x, attention_mask, cache, position_ids, cache_posi
         raise ValueError(f"attn_implementation={name!r} needs transformers 4.53: upgrade, or take 'sdpa'.")
     from transformers.masking_utils import create_causal_mask
 
-    if cache is None and prefix is not None:
+    if cache is None and prefix:
         cache = DynamicCache()
-        cache.update(*prefix, 0)
+        cache.update(*prefix[0], 0)
     known = {"config": config, "attention_mask": attention_mask, CACHE: cache, "position_ids": position_ids}
     if VERSION < (5, 4):
         known.update(cache_kwargs(cache, x.shape[1], x.device, cache_position))
@@ -376,6 +376,86 @@ try:
     from transformers.core_model_loading import ConversionOps
 except ImportError:  # delete with 5.0
     ConversionOps = object
+
+
+class RoundingQuantizer(HfQuantizer):
+    """Rounds float weights while they load, by transformers 4's interface and by transformers 5's.
+
+    A subclass gives `create_layers(model, device_map)`, which puts empty quantized layers into the model and returns
+    {name: layer} of those whose float weights the checkpoint holds, and `rounded(layer, name, weight)`, which returns
+    such a layer's (weight, weight_scale).
+    """
+
+    requires_calibration = False
+    is_trainable = True  # with P-Tuning v2 or LoRA on top
+    is_compileable = True
+
+    def is_serializable(self, safe_serialization=None):
+        return True
+
+    def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
+        self.layers = self.create_layers(model, device_map)
+        if VERSION >= (5, 0):  # up to 5.10 they cast what they load to the parameter's dtype
+            for layer in self.layers.values():
+                float_weight = layer.weight.to(layer.weight_scale.dtype)
+                layer.weight = nn.Parameter(float_weight, requires_grad=False)
+        return model
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        layer, _, kind = param_name.rpartition(".")
+        return kind == "weight" and layer in self.layers
+
+    def parameters_of(self, name, weight):
+        """{name: the rounded weight, its scale's name: the scale} as parameters."""
+        layer = name.rpartition(".")[0]
+        tensors = self.rounded(self.layers[layer], name, weight)
+        names = f"{layer}.weight", f"{layer}.weight_scale"
+        return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in zip(names, tensors)}
+
+    def get_quantize_ops(self):  # transformers 5
+        return RoundWhileLoading(self)
+
+    def create_quantized_param(self, model, param_value, param_name, target_device, *args, **kwargs):  # transformers 4
+        for name, value in self.parameters_of(param_name, param_value.to(target_device)).items():
+            layer, _, kind = name.rpartition(".")
+            setattr(model.get_submodule(layer), kind, value)
+
+    requires_parameters_quantization = True  # before 4.56, where the next was the name of param_needs_quantization
+
+    def check_quantized_param(self, model, param_value, param_name, *args, **kwargs):
+        return self.param_needs_quantization(model, param_name)
+
+    def update_missing_keys(self, model, missing_keys, prefix):  # transformers 4
+        scales = {f"{name}.weight_scale" for name in self.layers}
+        return [key for key in missing_keys if key not in scales]
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.layers and "disk" in getattr(model, "hf_device_map", {}).values():
+            raise ValueError(
+                "device_map offloads layers to disk, where transformers keeps float weights: quantize and "
+                "save_pretrained without it, then load the saved model with this device_map"
+            )
+        self.remove_quantization_config(model)  # `quantization_bit` suffices, as after quantize()
+        return model
+
+    def remove_quantization_config(self, model):
+        for name in ("hf_quantizer", "quantization_method"):
+            vars(model).pop(name, None)
+        for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
+            vars(model.config).pop(name, None)
+        model.is_quantized = False
+
+
+class RoundWhileLoading(ConversionOps):
+    """For transformers 5: {name: [float weight]} -> {name: int8 weight, name of its scale: scale}."""
+
+    def __init__(self, quantizer):
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict, *args, model=None, full_layer_name=None, **kwargs):
+        (value,) = input_dict.values()
+        return self.quantizer.parameters_of(full_layer_name, value[0] if isinstance(value, list) else value)
 
 
 def register_quantization(method, config_class, quantizer_class):

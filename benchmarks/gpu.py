@@ -4,11 +4,12 @@
     python benchmarks gpu --out gpu.jsonl --limit 200 --only prefill,tune,generate
     python benchmarks gpu --dry             every stage on a CPU, in tiny shapes
 
-It is for a rented machine, where minutes count: torch for CUDA, Triton, transformers, sentencepiece, pytest, pytest-xdist,
-no network. Stages run one after another, those joined by | beside each other, each in a process of its own with a limit
-of time; a stage writes each line as soon as it has it, so that what is cut off is not lost. Speeds are at the 6.2B
-shapes with random weights. GPU time is that of a CUDA graph, captured from the very calls and replayed: the host has no
-part in it. `read` is the share of the bandwidth of a copy that the bytes reach, weights and cache.
+It is for a rented machine, where minutes count: torch for CUDA, Triton, transformers, sentencepiece, pytest,
+pytest-xdist, no network. Stages run one after another, those joined by | beside each other, each in a process of its
+own with a limit of time; a stage writes each line as soon as it has it, so that what is cut off is not lost. Speeds
+are at the 6.2B shapes with random weights. GPU time is that of a CUDA graph, captured from the very calls and
+replayed: the host has no part in it. `read` is the share of the bandwidth of a copy that the bytes reach, weights and
+cache.
 """
 
 import argparse

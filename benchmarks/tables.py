@@ -34,6 +34,7 @@ CHINESE = {
     "decode, context of": "解码，上下文",
     "{cores} cores of {device} with {instructions}, {speeds} GB/s": "{device} 的 {cores} 个核心（{instructions}），{speeds} GB/s",  # noqa: E501
     "{low} to {high}": "{low}～{high}",
+    "{card}: {dynamic}; {static} compiled": "{card}：{dynamic}；编译后 {static}",
 }
 
 
@@ -54,6 +55,23 @@ def newest(processor, benchmark, *settings):
         if instructions(record) == processor:
             runs[tuple(str(record["settings"].get(key)) for key in settings)] = record
     return [runs[key] for key in sorted(runs, reverse=True)]
+
+
+CARD = "NVIDIA H200"  # the GPU whose figures the pages show
+
+
+def newest_on_card(stage):
+    """{what: its last line without an error} of a stage of `python benchmarks gpu`, each with its run's machine.
+
+    A run's first line is the machine; the lines behind it are its own.
+    """
+    path, machine, lines = RESULTS / "gpu.jsonl", {}, {}
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
+        if line["stage"] == "env":
+            machine = line
+        elif line["stage"] == stage and machine.get("device") == CARD and "error" not in line:
+            lines[line["what"]] = {**line, "machine": machine}
+    return lines
 
 
 def machines(records, say):
@@ -259,6 +277,63 @@ def quality(say, processor):
     return table(["weights", "cross entropy", "divergence", "answers"], rows, records, "quality", say)
 
 
+# `python benchmarks gpu`, whose lines are not those of the other benchmarks
+
+
+def gpu_decode(say, processor):
+    """A decode step as the host launches it, the GPU's part of it, and `generate` compiled with a static cache."""
+    if processor != "GPU":
+        return ""
+    steps, compiled, rows = newest_on_card("graph"), newest_on_card("generate"), []
+    used = [line for what, line in compiled.items() if what.endswith(COMPILED)]
+    for what, step in steps.items():
+        for contender, name in (("ours", what), ("glm", f"GlmForCausalLM, {what}")):
+            if f"{contender} 512" in step:
+                near, far = step[f"{contender} 512"], step[f"{contender} 8192"]
+                times = [f"{row['eager_ms']:.1f}" for row in (near, far)]
+                times += [f"{row['graph_ms']:.2f}" for row in (near, far)]
+                answer = compiled.get(what + COMPILED) if contender == "ours" else None
+                shares = [f"{row['read']:.0%}" for row in (near, far)]
+                rows.append([name, *times, *shares, f"{answer['ms_a_token']:.2f}" if answer else ""])
+    header = ["weights", "eager, 512", "8,192", "GPU alone, 512", "8,192", "share of the bandwidth, 512", "8,192"]
+    header += ["compiled, static cache"]
+    return table(header, rows, [*steps.values(), *used], "gpu --only graph,generate", say)
+
+
+def gpu_prefill(say, processor):
+    if processor != "GPU":
+        return ""
+    lines, rows, lengths = newest_on_card("prefill"), [], (512, 2048, 8192)
+    for what, line in lines.items():
+        for contender, name in (("ours", what), ("glm", f"GlmForCausalLM, {what}")):
+            if f"{contender} 512" in line:
+                speeds = [f"{1000 * length / line[f'{contender} {length}']['ms']:,.0f}" for length in lengths]
+                peak = line["32768_gb_above_model"] if contender == "ours" else ""
+                rows.append([name, *speeds, f"{line[f'{contender} 8192']['share']:.0%}", peak])
+    header = ["weights", *(f"{length:,} tokens" for length in lengths), "share of the matmul rate, 8,192"]
+    header += ["peak above the model, 32,768 tokens, GB"]
+    return table(header, rows, list(lines.values()), "gpu --only prefill", say)
+
+
+def gpu_memory(say, processor):
+    if processor != "GPU":
+        return ""
+    lines, keys = newest_on_card("memory"), ("model_gb", "prompt_2048_gb", "token_8192_gb")
+    rows = [[what, *(line[key] for key in keys)] for what, line in lines.items()]
+    header = ["weights", "model, GB", "peak, prompt of 2,048", "peak, token at 8,192"]
+    return table(header, rows, list(lines.values()), "gpu --only memory", say)
+
+
+COMPILED = ", static, compiled"  # the stage `generate` calls it so
+
+
+def answers_on_card(kind):
+    """(tokens/s of `generate` with a dynamic cache, and compiled with a static one, the lines they are from)."""
+    lines = newest_on_card("generate")
+    used = [lines[kind + way] for way in (", dynamic", COMPILED)]
+    return (*(1000 / line["ms_a_token"] for line in used), used)
+
+
 # The README's two tables
 
 
@@ -281,6 +356,17 @@ def start(say, processor):
     seconds = {row["bits"]: f"{row['seconds']} s" for record in loaded for row in record["rows"]}
     rows, records = [], list(loaded)
     for name, call, kind, bits, small_head, source in START:
+        size = f"{whole_run(HEADLINE, bits, small_head)[1]['model_gb']:.2f}"
+        if kind == "GPU":
+            held = newest_on_card("memory").get(source)
+            dynamic, static, used = answers_on_card(source)
+            records += [*used, *([held] if held else [])]
+            peak = f"{held['prompt_2048_gb']:.2f}" if held else say(NOT_YET)
+            tokens = say("{card}: {dynamic}; {static} compiled").format(
+                card=CARD.split()[-1], dynamic=f"{dynamic:.0f}", static=f"{static:.0f}"
+            )
+            rows.append([say(name), f"`{call}`", size, peak, tokens, say(NOT_YET)])
+            continue
         record, run = whole_run(kind, bits, small_head)
         footprints = [
             record
@@ -288,7 +374,6 @@ def start(say, processor):
             if (record["settings"]["bits"], record["settings"]["small_head"]) == (bits, small_head)
         ]
         records += ([record] if record else []) + footprints[:1]
-        size = whole_run(HEADLINE, bits, small_head)[1]["model_gb"]
         cells = [size, footprints[0]["prompt_gb"] if footprints else say(NOT_YET), say(NOT_YET)]
         if run:
             speed = run["tokens_per_second"]["decode"]
@@ -306,9 +391,11 @@ def start(say, processor):
 HEADLINE = "AVX512-VNNI"  # the one of PROCESSORS whose figures the README shows
 LOAD, INT4 = "from_pretrained(...)", "from_pretrained(..., quantization_config=int4)"
 BY_HAND = {"peak": "7.1", "load": "< 1 s"}  # int4 files, which stay mapped: see docs/performance.md
-START = (  # machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from
-    ("GPU, 16 GB", f"{LOAD}.half().cuda()", "GPU", 16, False, None),
-    ("GPU, 6 GB", f"{INT4}.half().cuda()", "GPU", 4, False, None),
+# machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from (on a GPU: the
+# kind of `python benchmarks gpu` that stands for it)
+START = (
+    ("GPU, 16 GB", f"{LOAD}.half().cuda()", "GPU", 16, False, "bfloat16"),
+    ("GPU, 6 GB", f"{INT4}.half().cuda()", "GPU", 4, False, "int4"),
     ("CPU", f"{INT4}.half()", HEADLINE, 4, False, "results"),
     ("CPU, faster", f"{INT4}.half().quantize(4, embedding=True, output_layer=True)", HEADLINE, 4, True, None),
     ("CPU, not quantized", f"{LOAD}.bfloat16()", HEADLINE, 16, False, None),
@@ -360,7 +447,10 @@ def headline():
     rows, _ = beside()
     loaded = {row["bits"]: row["peak_gb"] for row in newest(HEADLINE, "loading")[0]["rows"]}
     far = next(r for r in newest(HEADLINE, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")["rows"][-1]
+    gpu, compiled = newest_on_card("graph")["bfloat16"], answers_on_card("int4")[1]
     return [
+        f"{compiled:.0f} tokens/s",
+        *(f"{gpu[f'{name} 512']['eager_ms']:.1f} ms" for name in ("ours", "glm")),
         f"{rows[0][3]:.3g} tokens/s",  # int4, decode
         f" {rows[1][-1]:.1f} ",  # int4, prefill, times llama.cpp's speed
         f"{loaded[4]:g} GB",
@@ -382,6 +472,9 @@ MAKERS = (
     loading,
     footprint,
     quality,
+    gpu_decode,
+    gpu_prefill,
+    gpu_memory,
     start,
     speed,
 )

@@ -5,8 +5,10 @@ The scripts are modules by their file's name: pyproject.toml has their folders i
 
 import importlib.util
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -82,6 +84,8 @@ def listens(url, process, log):
 
 
 def pytest_configure(config):
+    if threading.current_thread() is threading.main_thread():  # run in the background, Ctrl-C is ignored, and inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # small tensors: a second thread would only wait, above all beside other work
     config.addinivalue_line(
         "markers", "needs_transformers(release, what): skip where transformers is older than the release that brings it"

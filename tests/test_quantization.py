@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 @pytest.mark.parametrize(
     "backend, device, message",
     [
-        ("cuda9", "cpu", "backend='cuda9'.*auto, triton, cpm, cpu, stock or torch"),
+        ("cuda9", "cpu", f"backend='cuda9'.*{', '.join(quantization.BACKENDS[:-1])} or torch"),
         ("triton", "cpu", "backend='triton' cannot run on cpu: "),
         ("cpm", "cpu", "backend='cpm' cannot run on cpu: "),
         ("cpu", "meta", "backend='cpu' cannot run on meta: .*\\.cpu\\(\\)"),

@@ -11,6 +11,7 @@ import torch
 import transformers
 from chatglm2 import attention_chatglm, transformers_compat
 from chatglm2.modeling_chatglm import ChatGLMForSequenceClassification, ChatGLMModel
+from chatglm2.quantization import FAMILIES
 from chatglm2.transformers_compat import CACHE, CACHE_NAMES, DynamicCache, with_both_cache_names
 from conftest import CODE_FILES, ROOT, TINY
 
@@ -313,12 +314,14 @@ def test_the_loader_finds_every_file_that_the_entry_files_need():
         text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         return set(re.findall(r"^\s*from\s+\.(\w+)\s+import", text, flags=re.M))
 
+    lazily = {f"quantization_{name}" for name in FAMILIES}
+    assert lazily <= relative_imports("modeling_chatglm")
     for entry in ("configuration_chatglm", "modeling_chatglm", "tokenization_chatglm"):
-        needed, waiting = set(), [entry]
+        needed, waiting = {entry}, [entry]
         while waiting:
             for name in relative_imports(waiting.pop()) - needed:
                 needed.add(name)
                 waiting.append(name)
-        assert needed - {entry} == relative_imports(entry) - {entry}
-    lazily = {name for name in ("triton", "cpm", "cpu", "stock") if (ROOT / f"quantization_{name}.py").exists()}
-    assert {f"quantization_{name}" for name in lazily} <= relative_imports("modeling_chatglm")
+        assert needed == relative_imports(entry) | {entry}
+        for name in needed:
+            assert (TINY / f"{name}.py").resolve() == ROOT / f"{name}.py"  # examples/tiny links it
