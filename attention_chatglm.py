@@ -113,7 +113,7 @@ def causal_mask(config, x, attention_mask, cache=None, position_ids=None, cache_
         cache: the cache before the new tokens are added, or None.
         position_ids: [B, T] if a row may hold packed sequences: a new one starts where positions do not grow by 1.
         cache_position: [T] slots of the new tokens in the cache, which transformers before 5.4 needs.
-        prefix: (key, value) of the P-Tuning prefix for each layer, (B, G, P, D), if no cache holds it.
+        prefix: (key, value) of the P-Tuning prefix in each layer, (B, G, P, D), if no cache holds it.
 
     Returns:
         For eager and sdpa: boolean [B or 1, 1, T, S], True where a query may attend, or None for a plain causal mask.

@@ -274,8 +274,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 use_cache=False, a jump in them starts another packed sequence.
             attention_mask: [B, S] over cached and new tokens, without the P-Tuning prefix: 1 for real tokens, 0 for
                 padding. A 4D mask is passed to the attention function unchanged.
-            full_attention_mask: boolean [B, T, S] or [B, 1, T, S], True where a query may *not* attend. It replaces
-                the causal mask and the padding of attention_mask, and includes columns for a P-Tuning prefix.
+            full_attention_mask: boolean [B, T, S] or [B, 1, T, S], True where a query may *not* attend; replaces the
+                causal mask and the padding of attention_mask, and covers the P-Tuning prefix, too.
             cache, past_key_values: two names of the key/value cache, (B, G, S, D) per layer, updated in place.
             **kwargs: passed to the attention function, see `attention_chatglm.KEYWORDS`.
 
@@ -356,7 +356,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         name = attention_name(self.config)
         if output_attentions and name != "eager":
             raise ValueError(
-                f"output_attentions=True: attn_implementation={name!r} does not return attention weights. Load the "
+                f"output_attentions=True: attn_implementation={name!r} does not compute attention weights. Load the "
                 "model with attn_implementation='eager'."
             )
         return output_attentions

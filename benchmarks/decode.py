@@ -1,7 +1,7 @@
-"""Milliseconds a token at a growing context, beside transformers' GlmForCausalLM on the same tensors.
+"""Milliseconds per token as the context grows, compared with transformers' GlmForCausalLM on the same tensors.
 
-The caches are filled with random keys and values; then all decode in turns, a token at every context in every round.
-The limit is the time that the memory needs for the bytes a token reads: the weights, and the context's keys and values.
+The caches are filled with random keys and values; then all decode in turns, one token per context and round. The limit
+is the time to read a token's bytes at the memory bandwidth: the weights, and the context's keys and values.
 """
 
 import statistics

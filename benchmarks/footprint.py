@@ -1,7 +1,7 @@
-"""The memory that int4 or int8 takes at the 6.2B shapes: the model, a prompt of 2,048 tokens, an answer at 8,192.
+"""Memory of int4 and int8 at the 6.2B shapes: the model, a prompt of 2,048 tokens, an answer at 8,192.
 
-A peak is the model and how far memory rises above it: what torch allocates on a GPU, what of the process is resident
-on a CPU (Linux). The activations are half precision.
+A peak is the model and the increase above it: memory allocated on a GPU, resident memory on a CPU (Linux). Activations
+are in half precision.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""llama.cpp on the 6.2B shapes with random weights, as a process that times what it is told to on its standard input.
+"""llama.cpp at the 6.2B shapes with random weights: a process that reads on its standard input what to time.
 
     python benchmarks/llama_cpp_timer.py {q4_0,q8_0} LAYERS THREADS      needs: pip install llama-cpp-python gguf
 
-It answers "ready", and then each line "prefill N" or "decode N" (after 32 tokens) with the seconds a token took.
+It prints "ready", then for each line "prefill N" or "decode N" (after 32 tokens) the seconds per token.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Peak memory of loading a 12.5 GB float16 checkpoint on the CPU: as it is, or rounded to int8 or int4 on the way.
+"""Peak memory of loading a 12.5 GB float16 checkpoint on the CPU, as it is or quantized while it loads.
 
-The checkpoint, of random numbers, is made in --folder once. Peaks are of the process's resident memory, of which files
-mapped into memory are a part (Linux).
+The checkpoint, of random numbers, is written to --folder once. Peaks are resident memory of the process, with the files
+that are mapped (Linux).
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Peak memory above the model: of a prompt's pass against its length, and of a training step.
+"""Peak memory above the model: of a prefill by prompt length, and of a training step.
 
-A prompt is passed whole, and in chunks as `prefill_chunk_size` does; the training step is forward, loss and backward of
-one sequence in float32, with and without gradient checkpointing (its gradients are there before it begins). On a CPU
-memory is what of the process is resident (Linux).
+The prompt is processed at once, and in chunks (`prefill_chunk_size`); a training step is forward, loss and backward of
+one sequence in float32, with and without gradient checkpointing (gradients are allocated before). On a CPU, memory is
+the resident memory of the process (Linux).
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""What of a decode step at the 6.2B shapes is neither matrix product nor attention.
+"""The part of a decode step at the 6.2B shapes that is neither matrix product nor attention.
 
-The matrix products and the attention of one step are timed alone, with a step's inputs, in turns with the whole step;
-the rest of the step is overhead: norms, rotations, the activation, the cache, Python.
+Matrix products and attention of one step are timed separately, on a step's inputs, in turns with the whole step. The
+rest is overhead: norms, rotary embedding, activation, cache, Python.
 """
 
 import statistics

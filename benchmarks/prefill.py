@@ -1,7 +1,7 @@
-"""Time to the first token against the prompt's length, beside transformers' GlmForCausalLM on the same tensors.
+"""Time to the first token by prompt length, compared with transformers' GlmForCausalLM on the same tensors.
 
-`share` is what part of the measured rate of matrix products the pass reaches: its matrix products and causal attention
-over its time.
+`share` is the fraction of the measured matrix-product rate that the prefill reaches, counting its matrix products and
+causal attention.
 """
 
 import torch

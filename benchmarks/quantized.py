@@ -1,8 +1,8 @@
-"""int4, int8 and half precision at the 6.2B shapes: tokens a second, beside llama.cpp and the original's way.
+"""int4, int8 and half precision at the 6.2B shapes: tokens/s, compared with llama.cpp and the original's method.
 
-Weights are random. llama.cpp (Q4_0, Q8_0, the same number of threads) runs in a process of its own where --llama names
-a Python that has llama-cpp-python and gguf. The original's way dequantizes a weight, then multiplies by it: the linear
-layers of one block are timed and taken as often as there are blocks, after the others, which it would slow down.
+Weights are random. llama.cpp (Q4_0, Q8_0, the same number of threads) runs in its own process if --llama names a Python
+that has llama-cpp-python and gguf. The original dequantizes a weight, then multiplies: the linear layers of one block
+are timed and scaled to all blocks, after the others, which they would slow down.
 """
 
 import statistics

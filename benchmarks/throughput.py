@@ -1,7 +1,7 @@
-"""Tokens a second of left-padded batches and of continuous batching, beside GlmForCausalLM on the same tensors.
+"""Tokens/s of left-padded batches and of continuous batching, compared with GlmForCausalLM on the same tensors.
 
-Rows of a batch are from half of --length to all of it; every row generates --new tokens. Padded, they go through
-`generate` together; continuous batching (`generate_batch`) takes them without padding, on pages of one cache.
+Prompts are between half of --length and all of it; each row generates --new tokens. Padded batches use `generate`;
+continuous batching (`generate_batch`) needs no padding and keeps pages of one cache.
 """
 
 import statistics

@@ -128,7 +128,7 @@ def test_generation_config_replaces_the_settings(chatty, tokenizer):
     assert streamed == want
 
 
-@pytest.mark.needs_transformers("4.41", "stop_strings")
+@pytest.mark.needs_transformers("4.42", "stop_strings for any tokenizer")
 def test_stop_strings(tiny_model, tokenizer):
     """stop_strings work without passing a tokenizer to generate."""
     assert tiny_model.chat(tokenizer, "你好", do_sample=False, stop_strings=["！"])[0] == "你好！"

@@ -59,7 +59,7 @@ def test_beam_scores_match_recomputed_log_probabilities(make_model):
     torch.testing.assert_close(out.sequences_scores, recomputed, **CLOSE)
 
 
-@pytest.mark.needs_transformers("4.39", "assisted decoding with a cache that is no tuple")
+@pytest.mark.needs_transformers("4.40", "assisted decoding with a cache that is no tuple")
 def test_assisted_decoding_matches_greedy(make_model):
     """A smaller assistant proposes tokens; the ids are those of greedy decoding."""
     model, assistant = make_model(), make_model(num_layers=1, seed=1)

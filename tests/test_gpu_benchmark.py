@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.needs_transformers("4.46", "GlmForCausalLM")
+@pytest.mark.needs_transformers("4.57", "StaticCache with the arguments of today")
 def test_every_stage_runs(tmp_path):
     out = tmp_path / "gpu.jsonl"
     command = [sys.executable, "benchmarks", "gpu", "--dry", "--out", str(out)]

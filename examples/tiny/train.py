@@ -1,11 +1,11 @@
-"""Train the checkpoint of this folder: a small ChatGLM2 that learns `dialogues.jsonl` by heart.
+"""Train the checkpoint of this folder: a small ChatGLM2 that memorizes `dialogues.jsonl`.
 
     python examples/tiny/train.py            # about 10 minutes on two cores, seeded
 
 It trains a SentencePiece BPE with byte fallback on the dialogues, then a ChatGLM2 of 3.5 million parameters with
-transformers' Trainer, and checks that greedy decoding gives every answer of every round, also from int8 and int4.
-Half of the steps see their weights rounded to int4 and pass the gradient straight through (Bengio et al., 2013,
-arXiv:1308.3432), so that the answers survive quantization.
+transformers' Trainer, and checks that greedy decoding gives every answer, also in int8 and int4. In half of the steps
+a weight is rounded to int4, with a straight-through gradient (Bengio et al., 2013, arXiv:1308.3432), so that the
+answers survive quantization.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def read_dialogues():
 
 
 def train_tokenizer(dialogues, vocab_size):
-    """Write tokenizer.model: BPE, byte fallback, digits apart, text left as it is, as in the released one."""
+    """Write tokenizer.model: BPE, byte fallback, split digits, no normalization, as in the released one."""
     prompt = "[Round 1]\n\n问：答：[Round 2]\n\n[Round 3]\n\n"
     lines = [line for rounds in dialogues for turn in rounds for text in turn for line in text.split("\n")]
     model = io.BytesIO()
@@ -72,7 +72,7 @@ def train_tokenizer(dialogues, vocab_size):
 
 
 def examples(dialogues, tokenizer):
-    """One example a round: the chat's own prompt, then the answer and </s>; only these are learned."""
+    """One example per round: the chat prompt, then the answer and </s>, which alone have labels."""
     seen, rows = set(), []
     for rounds in dialogues:
         for i, (query, answer) in enumerate(rounds):
@@ -83,13 +83,13 @@ def examples(dialogues, tokenizer):
             prompt_ids = tokenizer(prompt)["input_ids"]
             ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
             if ids[: len(prompt_ids)] != prompt_ids:
-                raise ValueError(f"the tokenizer joins prompt and answer: {prompt[-8:] + answer[:8]!r}")
+                raise ValueError(f"the tokenizer merges prompt and answer: {prompt[-8:] + answer[:8]!r}")
             rows.append({"input_ids": ids, "labels": [-100] * len(prompt_ids) + ids[len(prompt_ids) :]})
     return rows
 
 
-class SometimesRounded(torch.nn.Module):
-    """While training, every second time on average, a weight as int4 would hold it, with the weight's gradient."""
+class RandomlyRounded(torch.nn.Module):
+    """While training, a weight rounded to int4 with probability one half; the gradient is passed to the weight."""
 
     def forward(self, weight):
         if not self.training or random.random() < 0.5:
@@ -104,7 +104,7 @@ def block_linears(model):
 
 def train(model, tokenizer, rows, epochs, seed):
     for layer in block_linears(model):
-        parametrize.register_parametrization(layer, "weight", SometimesRounded())
+        parametrize.register_parametrization(layer, "weight", RandomlyRounded())
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -129,7 +129,7 @@ def train(model, tokenizer, rows, epochs, seed):
 
 
 def wrong_answers(model, tokenizer, dialogues, batch_size=64):
-    """(prompt, answer, given) of every round that greedy decoding answers otherwise."""
+    """(prompt, answer, given) of every round where greedy decoding gives another answer."""
     rounds = [(rounds[:i], *turn) for rounds in dialogues for i, turn in enumerate(rounds)]
     wrong = []
     for start in range(0, len(rounds), batch_size):
@@ -161,7 +161,7 @@ def main():
 
     train(model, tokenizer, rows, args.epochs, args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        model.config.use_cache = model.generation_config.use_cache = True  # the Trainer switches it off
+        model.config.use_cache = model.generation_config.use_cache = True  # the Trainer disables it
         model.half().save_pretrained(folder)
         for name in ("model.safetensors", "config.json", "generation_config.json"):
             shutil.copy(Path(folder) / name, FOLDER)
