@@ -387,6 +387,7 @@ class ChatMixin:
                 f"A step of generate got {given} ids, {new} of them new, and a cache of {seen} tokens: it needs the "
                 "cache or the whole prompt. (prefill_chunk_size does not work with a P-Tuning prefix.)"
             )
+        cache_position = None if cache_position is None else cache_position[-new:]  # 5.3 passes those of all tokens
         if embedded and first:
             inputs = {"inputs_embeds": inputs_embeds[:, -new:]}
         else:
