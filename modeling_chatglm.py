@@ -417,8 +417,9 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             CausalLMOutputWithPast: loss, a float32 scalar; logits [B, T or logits_to_keep, V].
         """
         outputs = self.transformer(
-            input_ids, position_ids, attention_mask, None, inputs_embeds, use_cache, output_attentions,
-            output_hidden_states, return_dict=True, cache=take_cache(kwargs, cache, past_key_values), **kwargs,
+            input_ids, position_ids, attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            use_cache=use_cache, output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+            return_dict=True, cache=cache, **kwargs,
         )  # fmt: skip
         logits_to_keep = 1 if return_last_logit else logits_to_keep
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -483,9 +484,9 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
             SequenceClassifierOutputWithPast: loss, a float32 scalar; logits [B, num_labels].
         """
         outputs = self.transformer(
-            input_ids, position_ids, attention_mask, None, inputs_embeds, use_cache, output_attentions,
-            output_hidden_states, return_dict=True, full_attention_mask=full_attention_mask,
-            cache=take_cache(kwargs, cache, past_key_values), **kwargs,
+            input_ids, position_ids, attention_mask, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            use_cache=use_cache, output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+            return_dict=True, full_attention_mask=full_attention_mask, cache=cache, **kwargs,
         )  # fmt: skip
         x = outputs.last_hidden_state  # (B, T, C)
         last = torch.full((len(x),), x.shape[1] - 1, device=x.device)

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.transformers_compat import DTYPE  # noqa: E402
 from checkpoints import load_config, load_tokenizer
 from glm import dequantized, empty_glm, glm_config, glm_tensor
 
@@ -130,7 +131,7 @@ def export(source, target, max_shard_size=SHARD):
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    setattr(glm.config, "dtype" if hasattr(glm.config, "dtype") else "torch_dtype", model.dtype)
+    setattr(glm.config, DTYPE, model.dtype)
     glm.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     glm_tokenizer(tokenizer, tokenizer.chat_template).save_pretrained(target)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from chatglm2.quantization import QuantizedLinear
 from chatglm2.quantization_loading import ChatGLMQuantizationConfig
+from chatglm2.transformers_compat import DTYPE
 from quantization_helpers import CPU, linears
 from safetensors.torch import load_file, save_file
 
@@ -66,8 +67,7 @@ def test_quantizing_while_loading_matches_quantize(make_model, tmp_path, bits, o
     model.save_pretrained(tmp_path)
     model.quantize(bits, **options)
     config = ChatGLMQuantizationConfig(bits, **options)
-    name = "dtype" if hasattr(model.config, "dtype") else "torch_dtype"
-    loaded = type(model).from_pretrained(tmp_path, quantization_config=config, **{name: torch.float16})
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=config, **{DTYPE: torch.float16})
     state = model.state_dict()
     assert list(loaded.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
@@ -76,7 +76,7 @@ def test_quantizing_while_loading_matches_quantize(make_model, tmp_path, bits, o
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     loaded.save_pretrained(tmp_path / "again")
-    again = type(model).from_pretrained(tmp_path / "again", quantization_config=config, **{name: torch.float16})
+    again = type(model).from_pretrained(tmp_path / "again", quantization_config=config, **{DTYPE: torch.float16})
     assert torch.equal(again(ids).logits, model(ids).logits)
     loaded.half().float()  # transformers refuses to cast models that it holds for quantized
 

@@ -14,12 +14,9 @@ from chatglm2.modeling_chatglm import ChatGLMForSequenceClassification, ChatGLMM
 from chatglm2.quantization import FAMILIES
 from chatglm2.transformers_compat import CACHE, CACHE_NAMES, DynamicCache, with_both_cache_names
 from conftest import CODE_FILES, ROOT, TINY
+from model_helpers import some_ids
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
-
-
-def some_ids(rows=1, length=9):
-    return torch.randint(3, 320, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
@@ -29,7 +26,7 @@ def some_ids(rows=1, length=9):
 @pytest.mark.parametrize("padded", [False, True])
 def test_greedy_ids_are_the_same_with_and_without_a_cache(make_model, padded):
     """And with a cache every step feeds one token: the cache that generate holds reaches the model."""
-    model, ids = make_model(), some_ids(2)
+    model, ids = make_model(), some_ids(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0 if padded else 1
     without = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
@@ -44,7 +41,7 @@ def test_greedy_ids_are_the_same_with_and_without_a_cache(make_model, padded):
 @pytest.mark.parametrize("cls", [None, ChatGLMModel, ChatGLMForSequenceClassification])
 def test_forward_takes_both_names_of_the_cache(make_model, cls, name):
     model = make_model(**({"cls": cls} if cls else {})).eval()
-    ids, cache = some_ids(), DynamicCache()
+    ids, cache = some_ids(1, 9), DynamicCache()
     whole = model(ids).to_tuple()[0]
     model(ids[:, :5], **{name: cache})
     output = model(ids[:, 5:], **{name: cache})
@@ -58,7 +55,7 @@ def test_forward_takes_both_names_of_the_cache(make_model, cls, name):
 @torch.no_grad()
 def test_cache_is_accepted_under_any_name(make_model):
     """A future generate that renames it again does not lose it."""
-    model, ids, cache = make_model(), some_ids(), DynamicCache()
+    model, ids, cache = make_model(), some_ids(1, 9), DynamicCache()
     model(ids[:, :5], attention_memory=cache)
     assert cache.get_seq_length() == 5
     inputs = model.prepare_inputs_for_generation(ids, attention_memory=cache, next_sequence_length=4)
@@ -67,7 +64,7 @@ def test_cache_is_accepted_under_any_name(make_model):
 
 @torch.no_grad()
 def test_invalid_caches_are_rejected(make_model):
-    model, ids = make_model(), some_ids()
+    model, ids = make_model(), some_ids(1, 9)
     with pytest.raises(ValueError, match="Two caches"):
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="a tuple of tensors"):
@@ -76,7 +73,7 @@ def test_invalid_caches_are_rejected(make_model):
 
 @torch.no_grad()
 def test_outputs_keep_their_order_and_can_be_pickled(make_model):
-    model, ids = make_model(attention="eager"), some_ids()
+    model, ids = make_model(attention="eager"), some_ids(1, 9)
     output = model(ids, labels=ids, output_hidden_states=True, output_attentions=True)
     kinds = ["loss", "logits", CACHE, "hidden_states", "attentions"]
     assert list(output.keys()) == kinds
@@ -90,7 +87,7 @@ def test_outputs_keep_their_order_and_can_be_pickled(make_model):
 @torch.no_grad()
 @pytest.mark.needs_transformers("4.36", "outputs of generate that hold the cache")
 def test_outputs_of_generate_have_both_names(make_model):
-    output = make_model().generate(some_ids(), return_dict_in_generate=True, output_scores=True, **GREEDY)
+    output = make_model().generate(some_ids(1, 9), return_dict_in_generate=True, output_scores=True, **GREEDY)
     assert len(output.scores) == 8 and output.sequences.shape == (1, 17)
     assert output.cache is output.past_key_values and output.cache is not None
 
@@ -102,12 +99,12 @@ def test_outputs_of_generate_have_both_names(make_model):
 def test_unknown_keyword_of_forward_is_an_error(make_model, cls):
     model = make_model(**({"cls": cls} if cls else {}))
     with pytest.raises(TypeError, match="attenton_mask"):
-        model(some_ids(), attenton_mask=torch.ones(1, 9))
+        model(some_ids(1, 9), attenton_mask=torch.ones(1, 9))
 
 
 def test_step_without_its_cache_is_an_error(make_model):
     """transformers 5.24 under code that did not know its name for the cache: one new id, and nothing before it."""
-    model, ids = make_model(), some_ids()
+    model, ids = make_model(), some_ids(1, 9)
     with pytest.raises(ValueError, match="the cache or the whole prompt"):
         model.prepare_inputs_for_generation(ids, next_sequence_length=1, attention_mask=None)
     cache = DynamicCache()
@@ -118,7 +115,7 @@ def test_step_without_its_cache_is_an_error(make_model):
 
 
 def test_unknown_arguments_of_generate_warn_and_are_ignored(make_model):
-    model, ids = make_model(), some_ids()
+    model, ids = make_model(), some_ids(1, 9)
     with pytest.warns(UserWarning, match="step_budget"):
         inputs = model.prepare_inputs_for_generation(ids, attention_mask=torch.ones_like(ids), step_budget=3)
     assert "step_budget" not in inputs
@@ -126,7 +123,7 @@ def test_unknown_arguments_of_generate_warn_and_are_ignored(make_model):
 
 @torch.no_grad()
 def test_full_attention_mask_and_return_last_logit(make_model):
-    model, ids = make_model(), some_ids(2)
+    model, ids = make_model(), some_ids(2, 9)
     torch.testing.assert_close(model(ids, return_last_logit=True).logits, model(ids).logits[:, -1:])
     base = model.transformer
     future = torch.ones(9, 9, dtype=torch.bool).triu(1).expand(2, 1, 9, 9)  # True where a query may not look
@@ -153,7 +150,7 @@ def test_own_attention_uses_no_mask_of_transformers(make_model, monkeypatch, att
         monkeypatch.setattr(transformers.masking_utils, name, refuse)
         if hasattr(transformers.generation.utils, name):
             monkeypatch.setattr(transformers.generation.utils, name, refuse)
-    model, ids = make_model(attention=attention), some_ids(2)
+    model, ids = make_model(attention=attention), some_ids(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     model(ids)
