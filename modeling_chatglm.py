@@ -5,7 +5,6 @@ Shapes:
     H query heads, G key/value groups, D head size, R = D / 2 rotated channels, P prefix tokens.
 """
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -313,7 +312,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
         mask = causal_mask(config, x, attention_mask, cache, position_ids, prefix=prefix, **update_kwargs)
 
         lengths_vary = x.is_cuda and not (torch.is_grad_enabled() or is_compiling() or is_static(cache))
-        with without_cudnn_attention() if lengths_vary else nullcontext():
+        with without_cudnn_attention(lengths_vary):
             x, hidden_states, attentions = self.encoder(
                 x,
                 rotary,
