@@ -24,7 +24,6 @@ from .transformers_compat import (
     DynamicCache,
     GenerationMixin,
     SequenceClassifierOutputWithPast,
-    attention_name,
     cache_kwargs,
     grow_in_place,
     is_paged,
@@ -273,6 +272,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
                 use_cache=False, a jump in them starts another packed sequence.
             attention_mask: [B, S] over cached and new tokens, without the P-Tuning prefix: 1 for real tokens, 0 for
                 padding. A 4D mask is passed to the attention function unchanged.
+            output_attentions: return the attention weights, for which this call uses eager attention in place of sdpa.
             full_attention_mask: boolean [B, T, S] or [B, 1, T, S], True where a query may *not* attend; replaces the
                 causal mask and the padding of attention_mask, and covers the P-Tuning prefix, too.
             cache, past_key_values: two names of the key/value cache, (B, G, S, D) per layer, updated in place.
@@ -285,7 +285,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
         Raises:
             TypeError: an unknown keyword argument.
             ValueError: both or neither of input_ids and inputs_embeds, an id outside the vocabulary (on a CPU), a mask
-                of the wrong length, two caches, or output_attentions with a fused attention function.
+                of the wrong length, two caches, or output_attentions with an attention function of transformers.
         """
         config = self.config
         cache = take_cache(kwargs, cache, past_key_values)
@@ -293,8 +293,9 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         cache, use_cache = self._resolve_cache(cache, use_cache)
-        output_attentions = self._resolve_output_attentions(output_attentions)
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        attend = choose_attention(config, is_paged(cache), output_attentions)
 
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T, seen = x.shape[1], self.count_cached_tokens(cache)
@@ -317,7 +318,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
                 x,
                 rotary,
                 mask,
-                choose_attention(config, is_paged(cache)),
+                attend,
                 cache=cache,
                 cache_kwargs=update_kwargs,
                 prefix=prefix,
@@ -349,16 +350,6 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
         if not self.training:
             grow_in_place(cache)
         return cache, use_cache
-
-    def _resolve_output_attentions(self, output_attentions):
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        name = attention_name(self.config)
-        if output_attentions and name != "eager":
-            raise ValueError(
-                f"output_attentions=True: attn_implementation={name!r} does not compute attention weights. Load the "
-                "model with attn_implementation='eager'."
-            )
-        return output_attentions
 
     def count_cached_tokens(self, cache):
         """Number of tokens in the cache, excluding the P-Tuning prefix."""
