@@ -203,6 +203,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         if pair is not None or add_special_tokens:
             raise ValueError("tokenize() takes one text and adds no special tokens; call the tokenizer itself for ids.")
+        check_unicode(text, "the text")
         parts = self._split_at_added_tokens(text, split_special_tokens)
         return [token for part, _, added in parts for token in ([added] if added else self._tokenize(part))]
 
@@ -331,11 +332,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Returns:
             The text; encode it with special tokens to get the model's input.
         """
-        past = "".join(self.build_round(i, q) + f"{r}\n\n" for i, (q, r) in enumerate(history or [], start=1))
+        past = ""
+        for i, (asked, answered) in enumerate(history or [], start=1):
+            check_unicode(f"{answered}", f"the response of round {i}")
+            past += self.build_round(i, asked) + f"{answered}\n\n"
         return (f"{system}\n\n" if system else "") + past + self.build_round(len(history or []) + 1, query)
 
     def build_round(self, number, query):
         """The start of a round, numbered from 1: up to 答： and without an answer."""
+        check_unicode(f"{query}", f"the query of round {number}")
         return f"[Round {number}]\n\n问：{query}\n\n答："
 
     def apply_chat_template(
@@ -468,6 +473,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         with open(path, "wb") as f:
             f.write(self.tokenizer.sp_model.serialized_model_proto())
         return (path,)
+
+
+def check_unicode(text, what):
+    """Raise ValueError if `text` holds half of a surrogate pair, which JSON can spell ("\\ud800") but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        i = error.start
+        before = text[max(i - 20, 0) : i]
+        raise ValueError(
+            f"{what} cannot be encoded in UTF-8: character {i} is {text[i]!r}, half of a surrogate pair, after "
+            f"{before!r}. Remove it."
+        ) from None
 
 
 def rust_decoder(vocab, special_tokens):
