@@ -52,6 +52,7 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
     model_type = "chatglm"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     use_cache = True
+    quantization_options = {}  # of `quantize`, with which the weights were quantized
     attribute_map = {
         "num_hidden_layers": "num_layers",
         "intermediate_size": "ffn_hidden_size",

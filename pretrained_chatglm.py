@@ -1,5 +1,6 @@
 """Base class of the models: loading, initialization, activation checkpointing, quantization."""
 
+import copy
 from functools import partial, wraps
 
 import torch
@@ -8,6 +9,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .checkpoint_chatglm import check_names, quantization_changes, read_checkpoint
 from .configuration_chatglm import ChatGLMConfig
 from .quantization import quantize
 from .quantization_loading import missing_quantized_weights_error  # importing it registers quant_method "chatglm"
@@ -55,29 +57,37 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         return True  # every forward looks up the attention function
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As in transformers, but the default dtype is that of the checkpoint.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info=False, strict=True, config=None, **kwargs
+    ):
+        """As in transformers, but the default dtype is that of the checkpoint, and its tensors have to fit.
+
+        strict: False initializes missing weights, and ignores those for which the model has no place. A P-Tuning prefix
+        and a classifier that are new are no missing weights.
 
         Raises:
-            ValueError: the config has `quantization_bit`, but the checkpoint holds no quantized weights; also whatever
-                transformers raises.
+            ValueError: a file is damaged; weights are missing, in excess or of a wrong dtype; the config has
+                `quantization_bit`, but the checkpoint holds no such weights; also whatever transformers raises.
         """
-        try:
-            model, report = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except RuntimeError as error:
-            config = kwargs.get("config")
-            if not hasattr(config, "quantization_bit"):
-                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **kwargs)
-            if config.quantization_bit and any(word in str(error) for word in ("mismatch", "held as torch.int8")):
-                raise missing_quantized_weights_error(
-                    config.quantization_bit, "tensors of other shapes or dtypes"
-                ) from error
-            raise
+        tensors = read_checkpoint(pretrained_model_name_or_path, **kwargs)
+        given = config is not None and hasattr(config, "to_dict")
+        if tensors:
+            source = config or pretrained_model_name_or_path
+            known = config if given else cls.config_class.from_pretrained(source, **kwargs)
+            changes = quantization_changes(tensors, known)
+            if not given:
+                kwargs.update(changes)
+            elif changes:
+                config = copy.deepcopy(config)
+                config.update(changes)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, config=config, **kwargs
+        )
         unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
         if unscaled:  # float weights, which most releases of transformers have truncated to int8
             raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
+        if strict:
+            check_names(pretrained_model_name_or_path, model, tensors, report)
         model.base_model.freeze_all_but_prefix()  # loading may have replaced parameters
         return (model, report) if output_loading_info else model
 
