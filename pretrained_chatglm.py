@@ -52,6 +52,10 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
     _supports_quantized_cache = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config, *args, **kwargs):
+        config.check()  # it may have been changed since it was read
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def _can_set_attn_implementation(cls):
         return True  # every forward looks up the attention function
