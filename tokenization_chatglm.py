@@ -9,11 +9,10 @@ from `get_command` and `build_inputs_with_special_tokens`.
 import inspect
 import os
 import re
-from functools import cached_property
 from itertools import accumulate, groupby
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -53,12 +52,10 @@ class SPTokenizer:
         self.eos_id = self.sp_model.eos_id()
         self.pad_id = self.sp_model.unk_id()
 
-    @cached_property
+    @property
     def _tokenizer(self):
-        """A decoder of the same text in Rust, under the name that `transformers serve` looks up."""
-        vocab, silent = self.get_vocab(), (self.sp_model.unk_id(), self.bos_id, self.eos_id)
-        hidden = [piece for piece, i in vocab.items() if i in self.index_special_tokens or i in silent]
-        return rust_decoder(vocab, hidden)
+        """The Rust decoder of the ChatGLMTokenizer around it, under the name that `transformers serve` looks up."""
+        return self.rust_decoder()
 
     def get_vocab(self):
         """Return {token: id} of the pieces and the commands."""
@@ -80,6 +77,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file=None, padding_side="left", clean_up_tokenization_spaces=False, **kwargs):
         self.tokenizer = SPTokenizer(vocab_file)
+        self.tokenizer.rust_decoder = self._rust_decoder
+        self._cached_rust_decoder = None, None
         self.vocab_file = vocab_file
         pieces = self.tokenizer.sp_model
         named = {"unk_token": pieces.unk_id(), "bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
@@ -168,16 +167,35 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if isinstance(token_ids, int) and not skip_special_tokens and token_ids in self.all_special_ids:
             return next((token for token, i in self.builtin_tokens.items() if i == token_ids), "")
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        added = {i: token for token, i in self._user_added_vocab().items()}
         hidden = set(self.all_special_ids) if skip_special_tokens else ()
-        ids = [i for i in ids if self._is_text(i) or (i in added and i not in hidden)]
-        runs = groupby(ids, key=added.__contains__)
-        text = "".join(
+        text = self._text([i for i in ids if i not in hidden])
+        clean = getattr(self, "clean_up_tokenization", str)  # missing in transformers 5.0
+        return clean(text) if clean_up_tokenization_spaces else text
+
+    def _text(self, ids):
+        added = {i: token for token, i in self._user_added_vocab().items()}
+        runs = groupby((i for i in ids if i in added or self._is_text(i)), key=added.__contains__)
+        return "".join(
             "".join(added[i] for i in run) if is_added else self.tokenizer.sp_model.DecodeIds(list(run))
             for is_added, run in runs
         )
-        clean = getattr(self, "clean_up_tokenization", str)  # missing in transformers 5.0
-        return clean(text) if clean_up_tokenization_spaces else text
+
+    def _rust_decoder(self):
+        """A `tokenizers.Tokenizer` that can only decode, for tokenizers' `DecodeStream`: its tokens are ids in digits.
+
+        A stream's text is that of `decode(ids, skip_special_tokens=True)` without the U+FFFD at its end: they may be
+        the beginning of a character.
+        """
+        key = len(self), tuple(self.all_special_ids)
+        if self._cached_rust_decoder[0] != key:
+            rust = Tokenizer(models.WordLevel(vocab={str(i): i for i in range(len(self))}, unk_token="0"))
+            rust.add_special_tokens([str(i) for i in self.all_special_ids])
+            rust.decoder = decoders.Decoder.custom(DigitsDecoder(self._text))
+            self._cached_rust_decoder = key, rust
+        return self._cached_rust_decoder[1]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_cached_rust_decoder": (None, None)}  # tokenizers cannot pickle a decoder in Python
 
     def without_half_character(self, ids):
         """Return `ids` up to the last complete character, without ids that give no text.
@@ -292,18 +310,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return (path,)
 
 
-def rust_decoder(vocab, special_tokens):
-    """Build a `tokenizers.Tokenizer` that decodes ids as SentencePiece does. It has no merges, so it cannot encode.
+class DigitsDecoder:
+    """Calls `text` with the ids whose digits are the tokens.
 
-    Args:
-        vocab: {token: id}; pieces use "▁" for a space and "<0xE4>" for a byte.
-        special_tokens: the tokens of `vocab` that give no text with `skip_special_tokens`.
-
-    Ids beyond `vocab`, those of tokens added by the user, give no text.
+    tokenizers' own ByteFallback shows every byte of a run as U+FFFD where one is stray. DecodeStream fails there, as
+    the text no longer begins with what it has passed on.
     """
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return tokenizer
+
+    def __init__(self, text):
+        self.text = text
+
+    def decode_chain(self, tokens):
+        return [self.text([int(token) for token in tokens])]

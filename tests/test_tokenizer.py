@@ -7,7 +7,7 @@ import pickle
 import pytest
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from conftest import SHARED, TINY
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
 
@@ -258,17 +258,33 @@ def test_single_special_id_decodes_to_its_name(tokenizer):
     assert tokenizer.decode(2, skip_special_tokens=True) == tokenizer.decode([2]) == ""
 
 
+PIECES = st.one_of(st.integers(3, 258), st.integers(259, 1620), st.sampled_from([0, 1, 2, 1600, 1604, 1606]))
+
+
 @pytest.mark.needs_transformers("5.10", "a server that streams by tokenizers' DecodeStream")
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-@settings(max_examples=60, deadline=None)
-def test_rust_decoder_gives_the_same_text(text):
-    """transformers' server streams by a Rust decoder: whole and one id at a time, special ids aside."""
-    tokenizer = shared_tokenizer()
-    ids, decoder = tokenizer.encode(text) + [2], tokenizer.tokenizer._tokenizer
-    expected = tokenizer.decode(ids)
-    assert decoder.decode(ids, skip_special_tokens=True) == expected
-    stream = decoders.DecodeStream(skip_special_tokens=True)
-    assert "".join(stream.step(decoder, i) or "" for i in ids) == expected
+@given(st.lists(PIECES, max_size=30))
+@example([100, 131, 101])  # a, a stray byte, b
+@example([231, 192, 163, 131, 101])  # the three bytes of a character, a stray one, b
+@settings(max_examples=300, deadline=None)
+def test_any_ids_stream_as_they_decode(ids):
+    """What `transformers serve` streams of any ids, one at a time, is their text without U+FFFD at its end.
+
+    Bytes in any order, special ids, tokens that a user added, special ones too, and ids of the padded embedding.
+    """
+    if "added" not in _TOKENIZERS:
+        _TOKENIZERS["added"] = added = ChatGLMTokenizer.from_pretrained(TINY)
+        assert added.tokenizer._tokenizer is added.tokenizer._tokenizer
+        added.add_tokens(["<think>"])
+        added.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+        _TOKENIZERS["copy"] = pickle.loads(pickle.dumps(copy.deepcopy(added)))
+    for name in ("added", "copy"):
+        tokenizer = _TOKENIZERS[name]
+        decoder, expected = tokenizer.tokenizer._tokenizer, tokenizer.decode(ids, skip_special_tokens=True)
+        assert decoder.decode(ids, skip_special_tokens=True) == expected
+        assert decoder.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        assert "".join(stream.step(decoder, i) or "" for i in ids) == expected.rstrip("\ufffd")
+    assert tokenizer.decode([1605, 1606]) == "<think><tool>"
 
 
 # The released vocabulary
