@@ -279,8 +279,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ):
         """As in transformers, with [gMASK] sop in front of the ids, which no text encodes to.
 
-        With `add_generation_prompt=True` the ids are those of `build_prompt`. An optional system message comes before
-        round 1; user and assistant alternate. Any other order raises jinja2's TemplateError.
+        With `add_generation_prompt=True` the ids are those of `build_prompt`. A system message stands where it is
+        given. User messages in a row are one question, and an answer without a question gets an empty one. Other roles
+        than system, developer, user, assistant and tool, and content that is not text, raise jinja2's TemplateError.
         """
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask needs a fast tokenizer; this one is not.")

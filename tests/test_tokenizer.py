@@ -231,22 +231,41 @@ def test_system_message_comes_before_round_one(tokenizer):
 
 @pytest.mark.needs_transformers("4.34", "chat templates")
 @pytest.mark.parametrize(
-    ("roles", "message"),
+    ("roles", "expected"),
     [
-        (["user", "user"], "must take turns"),
-        (["assistant"], "must follow a user message"),
-        (["user", "system", "user"], "must be the first"),
-        (["user", "tool"], "give system, user or assistant"),
-        (["user", "assistant"], "needs a user message at the end"),
-        (["user", None], "must be text"),
+        ("uu", "[Round 1]\n\n问：0\n\n1\n\n答："),
+        ("uau", "[Round 1]\n\n问：0\n\n答：1\n\n[Round 2]\n\n问：2\n\n答："),
+        ("usu", "[Round 1]\n\n问：0\n\n1\n\n2\n\n答："),
+        ("uasu", "[Round 1]\n\n问：0\n\n答：1\n\n2\n\n[Round 2]\n\n问：3\n\n答："),
+        ("ssu", "0\n\n1\n\n[Round 1]\n\n问：2\n\n答："),
+        ("au", "[Round 1]\n\n问：\n\n答：0\n\n[Round 2]\n\n问：1\n\n答："),
+        ("uaa", "[Round 1]\n\n问：0\n\n答：1\n\n[Round 2]\n\n问：\n\n答：2\n\n[Round 3]\n\n问：\n\n答："),
+        ("s", "0\n\n[Round 1]\n\n问：\n\n答："),
+        ("uatdu", "[Round 1]\n\n问：0\n\n答：1\n\n2\n\n3\n\n[Round 2]\n\n问：4\n\n答："),
     ],
 )
-def test_invalid_role_orders_are_rejected(tokenizer, roles, message):
-    """Another order than system, user, assistant, user, ... raises, and says what is wrong."""
+def test_any_order_of_roles_is_taken(tokenizer, roles, expected):
+    """Servers and front ends send any: questions in a row are one, an answer without a question gets an empty one."""
+    names = {"u": "user", "a": "assistant", "s": "system", "d": "developer", "t": "tool"}
+    messages = [{"role": names[role], "content": str(i)} for i, role in enumerate(roles)]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == expected
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
+def test_an_empty_question_is_that_of_build_prompt(tokenizer):
+    """An answer at the end of the messages is followed by a round with an empty question, as in the original."""
+    text = tokenizer.apply_chat_template(as_messages("再见", HISTORY)[:-1], add_generation_prompt=True, tokenize=False)
+    assert text == tokenizer.build_prompt("", HISTORY)
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
+@pytest.mark.parametrize(("role", "content", "message"), [("User", "x", "Unknown role"), ("user", ["x"], "be text")])
+def test_what_is_no_conversation_is_rejected(tokenizer, role, content, message):
+    """A role that is not known, and content that is not text: the template says what is wrong."""
     from jinja2.exceptions import TemplateError
 
     with pytest.raises(TemplateError, match=message):
-        template_ids(tokenizer, [{"role": role or "user", "content": "x" if role else ["x"]} for role in roles])
+        template_ids(tokenizer, [{"role": role, "content": content}])
 
 
 # What tools around the model ask of it
