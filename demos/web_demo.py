@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from checkpoints import TINY
@@ -43,6 +44,32 @@ LATEX = [  # ChatGLM2 mostly writes the last; two prices in dollars on one line 
     {"left": left, "right": right, "display": display}
     for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False))
 ]
+
+
+# What gradio's sanitizer leaves of a message, as images, may name any address: the browser is to ask this server only.
+# The page's own code needs inline scripts, eval and inline styles.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; frame-src 'none'; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'"
+)
+HEADERS = {"content-security-policy": POLICY, "x-dns-prefetch-control": "off"}
+
+
+class SameOrigin:
+    """ASGI middleware that sends HEADERS with every response."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_headers(message):
+            if message["type"] == "http.response.start":
+                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
 
 
 def parse_arguments(arguments=None):
@@ -164,18 +191,22 @@ def build(model, tokenizer, args):
     return page
 
 
-def main(arguments=None):
-    args = parse_arguments(arguments)
-    page = build(*load_or_exit(args), args)
+def launch(page, **options):
+    middleware = [Middleware(SameOrigin)]
     page.launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=args.share,
         i18n=LABELS,
         show_error=True,
         run_history=False,
         ssr_mode=False,
+        app_kwargs={"middleware": middleware},
+        **options,
     )
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
+    page = build(*load_or_exit(args), args)
+    launch(page, server_name=args.host, server_port=args.port, share=args.share)
 
 
 if __name__ == "__main__":
