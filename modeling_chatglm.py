@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention_chatglm import causal_mask, check_arguments, choose_attention
-from .generation_chatglm import ChatMixin
+from .generation_chatglm import ChatMixin, InvalidScoreLogitsProcessor  # noqa: F401 (other code imports it from here)
 from .prefix_chatglm import PrefixEncoder
-from .pretrained_chatglm import ChatGLMPreTrainedModel, checkpointed
+from .pretrained_chatglm import ChatGLMPreTrainedModel, OriginalAttributes, checkpointed
 from .quantization import quantize
 from .torch_compat import is_compiling, rms_norm, without_cudnn_attention
 from .transformers_compat import (
@@ -234,20 +234,20 @@ class GLMTransformer(nn.Module):
         return x, hidden_states or None, attentions or None
 
 
-class ChatGLMModel(ChatGLMPreTrainedModel):
+class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
     """The network up to the final norm. It also owns the output layer, as in the released checkpoints."""
 
-    def __init__(self, config, empty_init=True, device=None):
+    def __init__(self, config, empty_init=False, device=None):
         super().__init__(config)
-        self.embedding = Embedding(config)
-        self.encoder = GLMTransformer(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
-        if config.quantization_bit:  # empty int8 or int4 layers, filled from the checkpoint
-            quantize(self, config.quantization_bit, empty=True, **getattr(config, "quantization_options", {}))
-        if config.pre_seq_len:
-            self.prefix_encoder = PrefixEncoder(config)
+        with self.building(empty_init, device):
+            self.embedding = Embedding(config)
+            self.encoder = GLMTransformer(config)
+            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+            if config.quantization_bit:  # empty int8 or int4 layers, filled from the checkpoint
+                quantize(self, config.quantization_bit, empty_init=True, **getattr(config, "quantization_options", {}))
+            if config.pre_seq_len:
+                self.prefix_encoder = PrefixEncoder(config)
         self.freeze_all_but_prefix()
-        self.post_init()
 
     def freeze_all_but_prefix(self):
         """P-Tuning trains only the prefix."""
@@ -387,10 +387,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM2 with `generate` and chat; AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM load this class."""
 
-    def __init__(self, config, empty_init=True, device=None):
+    def __init__(self, config, empty_init=False, device=None):
         super().__init__(config)
-        self.transformer = ChatGLMModel(config)
-        self.post_init()
+        with self.building(empty_init, device):
+            self.transformer = ChatGLMModel(config)
 
     def get_output_embeddings(self):
         return self.transformer.output_layer
@@ -460,13 +460,14 @@ def summed_cross_entropy(logits, targets):
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     """A linear classifier on the hidden state of the last real token."""
 
-    def __init__(self, config, empty_init=True, device=None):
+    def __init__(self, config, empty_init=False, device=None):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.transformer = ChatGLMModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        with self.building(empty_init, device):
+            self.transformer = ChatGLMModel(config)
+            self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+            self.classifier_head.torch_init = True
 
     def forward(
         self, input_ids=None, position_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None,

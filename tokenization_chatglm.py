@@ -247,22 +247,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # Chat
 
-    def build_prompt(self, query, history=None):
+    def build_prompt(self, query, history=None, system=None):
         """Build the chat prompt.
 
         Args:
             query: the user's message.
-            history: earlier rounds as (query, response), oldest first.
+            history: earlier rounds as (query, response), oldest first. A None is written as "None".
+            system: instructions in front of the first round, where the chat template has them, too.
 
         Returns:
             The text; encode it with special tokens to get the model's input.
         """
-        rounds = [*(history or []), (query, None)]
-        return "".join(self.build_round(i, q, r) for i, (q, r) in enumerate(rounds, start=1))
+        past = "".join(self.build_round(i, q) + f"{r}\n\n" for i, (q, r) in enumerate(history or [], start=1))
+        return (f"{system}\n\n" if system else "") + past + self.build_round(len(history or []) + 1, query)
 
-    def build_round(self, number, query, response=None):
-        """One round of the prompt, numbered from 1; it ends with 答： if `response` is None."""
-        return f"[Round {number}]\n\n问：{query}\n\n答：" + ("" if response is None else f"{response}\n\n")
+    def build_round(self, number, query):
+        """The start of a round, numbered from 1: up to 答： and without an answer."""
+        return f"[Round {number}]\n\n问：{query}\n\n答："
 
     def apply_chat_template(
         self,

@@ -295,11 +295,6 @@ class ConfigFallbacks:
 class ModelFallbacks:
     """Features of PreTrainedModel in newer releases; must precede it in the bases."""
 
-    if VERSION < (4, 35):  # delete with 4.35
-
-        def save_pretrained(self, *args, safe_serialization=True, **kwargs):
-            super().save_pretrained(*args, safe_serialization=safe_serialization, **kwargs)
-
     @classmethod
     def from_pretrained(cls, *args, **kwargs):  # the default was float32, the name `torch_dtype`; delete with 5.0
         stored = getattr(kwargs.get("config"), "dtype", None)  # set by a release that uses this name
