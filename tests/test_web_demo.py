@@ -1,5 +1,8 @@
 """demos/web_demo.py in a real browser. `python tests/test_web_demo.py` writes docs/web_demo.png."""
 
+import json
+import re
+
 import pytest
 from conftest import ROOT, until
 from web_helpers import DIALOGUES, SPAIN, SUN, Chat, chromium, command, has_ended
@@ -69,7 +72,7 @@ def test_labels_follow_the_browser_language(server, open_chat, language, label):
     """English and Chinese labels. No request leaves the server: the page works with no network."""
     chat = open_chat(server, language)
     chat.page.locator(".label-wrap", has_text=label).wait_for()
-    chat.page.wait_for_load_state("networkidle")
+    chat.wait_until_connected()
     assert all(url.startswith((server, "data:", "blob:")) for url in chat.requests), chat.requests
 
 
@@ -185,15 +188,16 @@ def test_clear_over_a_slow_connection(serve, open_chat):
 
 
 def test_settings_reach_the_model(serve, open_chat):
-    """The three sliders; at temperature 0 nothing is sampled."""
+    """The three sliders and the system prompt."""
     served = serve(endless=False, seconds=0)
     chat = open_chat(served.url)
-    chat.page.wait_for_load_state("networkidle")  # what comes late may put the defaults back
+    chat.wait_until_connected()  # what comes late may put the defaults back
     chat.page.locator(".label-wrap").click()
     for name, value in (("Temperature", "0.5"), ("Top-p", "0.6"), ("Max new tokens", "7")):
         field = chat.page.locator(f"input[type=number][aria-label*='{name}']")
         field.fill(value)
         field.press("Tab")
+    chat.page.get_by_label("System prompt").fill(" 请简短回答。\n")
     chat.ask("hello")
     chat.wait_until(lambda: served.calls and chat.texts("bot"), "no answer")
     chat.wait_until_ready()
@@ -201,8 +205,86 @@ def test_settings_reach_the_model(serve, open_chat):
     chat.ask("hello")
     chat.wait_until(lambda: len(served.calls) == 2, "not asked")
     sampled, greedy = (settings for _, _, settings in served.calls)
-    assert sampled == {"do_sample": True, "temperature": 0.5, "top_p": 0.6, "max_new_tokens": 7}
-    assert greedy == {**sampled, "do_sample": False, "temperature": 0}
+    assert sampled == {"temperature": 0.5, "top_p": 0.6, "max_new_tokens": 7, "system": "请简短回答。"}
+    assert greedy == {**sampled, "temperature": 0}
+
+
+def test_a_turn_encodes_only_itself(serve, open_chat):
+    """Each page has a cache of its own: told by the page, gone with Clear and with the page."""
+    served = serve(endless=False, seconds=0)
+    chat, other = open_chat(served.url), open_chat(served.url, "zh-CN")
+
+    def encoded():
+        text = chat.page.locator("#status").inner_text()
+        return int(re.fullmatch(r"First token after .* s, then .* tokens/s. Context: .*, (\d+) encoded .*", text)[1])
+
+    chat.ask(SUN[0][0])
+    chat.shows(SUN[0])
+    other.ask(SPAIN[0][0])
+    other.shows(SPAIN[0])
+    text = other.page.locator("#status").inner_text()
+    assert re.fullmatch(r"首个 token 用时 .* 秒，之后每秒 .* 个。上下文 .* / 1,024 token，本轮新编码 \d+ 个。", text)
+    chat.ask(SUN[1][0])
+    chat.shows(*SUN[:2])
+    question = "\n\n" + served.sessions.tokenizer.build_round(2, SUN[1][0])
+    assert encoded() == len(served.sessions.tokenizer.encode(question, add_special_tokens=False)) - 1
+    chat.press("Retry")
+    chat.wait_until(lambda: len(served.calls) == 4, "not asked")
+    chat.shows(*SUN[:2])
+    assert encoded() == 1  # the last of the same prompt
+    assert len(served.sessions.idle) == 2
+    chat.press("Clear")
+    until(lambda: len(served.sessions.idle) == 1, "Clear keeps the cache")
+    other.page.close()
+    until(lambda: not served.sessions.idle, "a closed page keeps its cache")
+
+
+def test_examples(server, open_chat):
+    """One click asks a question that the tiny checkpoint knows."""
+    chat = open_chat(server)
+    chat.page.get_by_text("讲个笑话").click()
+    chat.shows(DIALOGUES["讲个笑话"][0])
+
+
+def test_export_and_import(serve, open_chat, tmp_path):
+    """What one page writes, system prompt included, another reads, and goes on with. A broken file is an error."""
+    served = serve(endless=False, seconds=0)
+    chat, other = open_chat(served.url), open_chat(served.url)
+    for page in (chat.page, other.page):
+        page.locator(".label-wrap").click()
+    chat.page.get_by_label("System prompt").fill("  请简短回答。")
+    question = "def f():\n    return '<b>😀</b>'"
+    chat.ask(question)
+    chat.wait_until(lambda: "".join(chat.texts("bot")), "no answer")
+    chat.wait_until_ready()
+    [answer] = chat.texts("bot")
+    with chat.page.expect_download() as download:
+        chat.page.get_by_text("Export").click()
+    file = tmp_path / "chat.json"
+    download.value.save_as(file)
+    messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "  请简短回答。"),
+        ("user", question),
+        ("assistant", answer),
+    ]
+
+    def read():
+        with other.page.expect_file_chooser() as chooser:
+            other.page.get_by_text("Import").click()
+        chooser.value.set_files(file)
+
+    read()
+    other.wait_until(lambda: other.texts("bot") == [answer], "not imported")
+    other.ask("more")
+    other.wait_until(lambda: len(served.calls) == 2, "not asked")
+    query, history, settings = served.calls[1]
+    assert (query, history, settings["system"]) == ("more", [(question, answer)], "请简短回答。")
+    other.wait_until_ready()
+    file.write_text('{"messages": [{"role": "tool", "content": "x"}]}')
+    read()
+    other.page.locator(".toast-body").get_by_text("messages[0]: the role 'tool'").wait_for()
+    assert other.texts("bot")[0] == answer
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
@@ -216,8 +298,8 @@ def test_users_do_not_mix(serve, concurrency):
     for turn in range(2):
         for history, dialogue in zip(histories, dialogues):
             history.append({"role": "user", "content": [{"type": "text", "text": dialogue[turn][0]}]})
-        jobs = [c.submit(h, 0, 0.8, 100, api_name="/chat") for c, h in zip(clients, histories)]
-        histories = [job.result(timeout=30) for job in jobs]
+        jobs = [c.submit(h, 0, 0.8, 100, "", api_name="/chat") for c, h in zip(clients, histories)]
+        histories = [job.result(timeout=30)[0] for job in jobs]
     answers = [[m["content"][0]["text"] for m in history if m["role"] == "assistant"] for history in histories]
     assert answers == [[answer for _, answer in dialogue] for dialogue in dialogues]
     switches = sum(a != b for a, b in zip(served.steps, served.steps[1:]))
@@ -236,6 +318,7 @@ def take_picture(path):
     turns = DIALOGUES["what does 半途而废 mean"]
     with command() as url, chromium() as browser:
         chat = Chat(browser, url, "zh-CN")
+        chat.page.set_viewport_size({"width": 1000, "height": 960})
         for i, (query, _) in enumerate(turns, start=1):
             chat.ask(query)
             chat.shows(*turns[:i])

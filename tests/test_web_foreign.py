@@ -4,6 +4,7 @@ import socket
 import threading
 
 import pytest
+from sessions import Progress
 
 pytestmark = pytest.mark.tools
 
@@ -64,9 +65,9 @@ def filled(message, url):
     return message.replace("URL", url).replace("HOST", url.removeprefix("http://"))
 
 
-def echo(tokenizer, query, history, **settings):
+def echo(key, query, history, system, **settings):
     """A model that answers with the question."""
-    yield query, history
+    yield Progress(query, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["with the policy", "without"])
@@ -77,7 +78,7 @@ def test_nothing_foreign_in_messages(serve, open_chat, foreign, monkeypatch, all
     if allowed:
         monkeypatch.setattr(web_demo, "HEADERS", {})
     url, asked = foreign
-    chat = open_chat(serve(stream_chat=echo).url)
+    chat = open_chat(serve(stream=echo).url)
     for i in range(3):
         chat.ask(filled("\n\n".join(MESSAGES[i::3]), url))
         chat.wait_until(lambda n=i + 1: len(chat.texts("bot")) == n, "no answer")
@@ -95,7 +96,7 @@ def test_nothing_foreign_in_the_document(serve, open_chat, foreign, monkeypatch,
     if allowed:
         monkeypatch.setattr(web_demo, "HEADERS", {})
     url, asked = foreign
-    chat = open_chat(serve(stream_chat=echo).url)
+    chat = open_chat(serve(stream=echo).url)
     for message in MESSAGES[:-3]:
         chat.page.evaluate(
             """html => { const all = document.createRange().createContextualFragment(html);

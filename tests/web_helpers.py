@@ -69,7 +69,7 @@ class Chat:
         self.page.set_default_timeout(20_000)
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(url)
-        self.box = self.page.locator("textarea[placeholder]")
+        self.box = self.page.locator("textarea:not([placeholder=''])")
         self.box.wait_for()
 
     def ask(self, text):
@@ -91,6 +91,10 @@ class Chat:
         while not true():
             assert time.monotonic() < end, f"{what}: {self.page.locator('body').inner_text()}"
             self.page.wait_for_timeout(20)
+
+    def wait_until_connected(self):
+        """The last request of a page that has loaded is a connection that stays open."""
+        self.wait_until(lambda: any("/heartbeat/" in url for url in self.requests), "no heartbeat")
 
     def wait_until_ready(self):
         self.page.locator(".submit-button").wait_for()
@@ -147,25 +151,27 @@ class Slow(LogitsProcessor):
 def serve(tiny_model, tokenizer):
     """A factory of pages served from this process, by a model that is slow and whose steps and calls can be counted.
 
-    `stream_chat` replaces the model's.
+    `stream` replaces that of the sessions.
     """
     import web_demo
 
     pages = []
 
-    def serve(*options, seconds=0.05, endless=True, stream_chat=None):
+    def serve(*options, seconds=0.05, endless=True, stream=None):
         calls, steps = [], []
+        sessions = web_demo.Sessions(tiny_model, tokenizer)
+        plain = sessions.stream
 
-        def slow_stream_chat(tokenizer, query, history, **settings):
-            calls.append((query, history, settings))
+        def slow_stream(key, query, history, system, **settings):
+            calls.append((query, history, {**settings, "system": system}))
             slow = Slow(len(calls), steps, seconds, endless)
-            return tiny_model.stream_chat(tokenizer, query, history, logits_processor=[slow], **settings)
+            return plain(key, query, history, system, logits_processor=[slow], **settings)
 
-        model = SimpleNamespace(config=tiny_model.config, stream_chat=stream_chat or slow_stream_chat)
-        page = web_demo.build(model, tokenizer, web_demo.parse_arguments(["--temperature", "0", *options]))
+        sessions.stream = stream or slow_stream
+        page = web_demo.build(sessions, web_demo.parse_arguments(["--temperature", "0", *options]))
         web_demo.launch(page, server_port=free_port(), prevent_thread_lock=True, quiet=True)
         pages.append(page)
-        return SimpleNamespace(url=page.local_url, steps=steps, calls=calls)
+        return SimpleNamespace(url=page.local_url, sessions=sessions, steps=steps, calls=calls)
 
     yield serve
     for page in pages:
