@@ -33,6 +33,8 @@ from .transformers_compat import (
 )
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
+    from .c_library import load  # noqa: F401
+    from .checkpoint_chatglm import read_checkpoint  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
@@ -242,7 +244,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
             self.encoder = GLMTransformer(config)
             self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
             if config.quantization_bit:  # empty int8 or int4 layers, filled from the checkpoint
-                quantize(self, config.quantization_bit, empty_init=True, **getattr(config, "quantization_options", {}))
+                quantize(self, config.quantization_bit, empty_init=True, **config.quantization_options)
             if config.pre_seq_len:
                 self.prefix_encoder = PrefixEncoder(config)
         self.freeze_all_but_prefix()
@@ -435,9 +437,8 @@ def causal_lm_loss(logits, labels, num_items_in_batch=None):
     """
     if logits.shape[1] != labels.shape[1]:
         raise ValueError(f"{labels.shape[1]} labels for {logits.shape[1]} logits: set logits_to_keep=0 with labels.")
-    targets = (
-        F.pad(labels[:, 1:], (0, 1), value=-100).flatten().to(logits.device)
-    )  # (B T); the last one has no next token
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position has no next token
+    targets = targets.flatten().to(logits.device)  # (B T)
     chunks = zip(logits.flatten(0, 1).split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
     total = sum(checkpoint(summed_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks)
     return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -9,11 +9,10 @@ from `get_command` and `build_inputs_with_special_tokens`.
 import inspect
 import os
 import re
-from functools import cached_property
 from itertools import accumulate, groupby
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import BatchEncoding, PreTrainedTokenizer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -55,12 +54,10 @@ class SPTokenizer:
         self.eos_id = self.sp_model.eos_id()
         self.pad_id = self.sp_model.unk_id()
 
-    @cached_property
+    @property
     def _tokenizer(self):
-        """A decoder of the same text in Rust, under the name that `transformers serve` looks up."""
-        vocab, silent = self.get_vocab(), (self.sp_model.unk_id(), self.bos_id, self.eos_id)
-        hidden = [piece for piece, i in vocab.items() if i in self.index_special_tokens or i in silent]
-        return rust_decoder(vocab, hidden)
+        """The Rust decoder of the ChatGLMTokenizer around it, under the name that `transformers serve` looks up."""
+        return self.rust_decoder()
 
     def get_vocab(self):
         """Return {token: id} of the pieces and the commands."""
@@ -132,6 +129,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file=None, padding_side="left", clean_up_tokenization_spaces=False, **kwargs):
         self.tokenizer = SPTokenizer(vocab_file)
+        self.tokenizer.rust_decoder = self._rust_decoder
+        self._cached_rust_decoder = None, None
         self.vocab_file = vocab_file
         self.builtin_tokens = {"<unk>": 0, "<s>": 1, "</s>": 2, **self.tokenizer.special_tokens}
         for name, (token, _) in BUILT_IN.items():
@@ -203,6 +202,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         if pair is not None or add_special_tokens:
             raise ValueError("tokenize() takes one text and adds no special tokens; call the tokenizer itself for ids.")
+        check_unicode(text, "the text")
         parts = self._split_at_added_tokens(text, split_special_tokens)
         return [token for part, _, added in parts for token in ([added] if added else self._tokenize(part))]
 
@@ -259,16 +259,35 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 if token_ids == i:
                     return token
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        added = {i: token for token, i in self._user_added_vocab().items()}
         hidden = set(self.all_special_ids) if skip_special_tokens else ()
-        ids = [i for i in ids if self.tokenizer.is_text(i) or (i in added and i not in hidden)]
-        parts = []
+        text = self._text([i for i in ids if i not in hidden], " " if spaces_between_special_tokens else "")
+        clean = getattr(self, "clean_up_tokenization", str)  # missing in transformers 5.0
+        return clean(text) if clean_up_tokenization_spaces else text
+
+    def _text(self, ids, between=""):
+        added, parts = {i: token for token, i in self._user_added_vocab().items()}, []
+        ids = (i for i in ids if i in added or self.tokenizer.is_text(i))
         for is_added, run in groupby(ids, key=added.__contains__):
             run = list(run)
             parts += [added[i] for i in run] if is_added else [self.tokenizer.decode(run)]
-        text = (" " if spaces_between_special_tokens else "").join(parts)
-        clean = getattr(self, "clean_up_tokenization", str)  # missing in transformers 5.0
-        return clean(text) if clean_up_tokenization_spaces else text
+        return between.join(parts)
+
+    def _rust_decoder(self):
+        """A `tokenizers.Tokenizer` that can only decode, for tokenizers' `DecodeStream`: its tokens are ids in digits.
+
+        A stream's text is that of `decode(ids, skip_special_tokens=True)` without the U+FFFD at its end: they may be
+        the beginning of a character.
+        """
+        key = len(self), tuple(self.all_special_ids)
+        if self._cached_rust_decoder[0] != key:
+            rust = Tokenizer(models.WordLevel(vocab={str(i): i for i in range(len(self))}, unk_token="0"))
+            rust.add_special_tokens([str(i) for i in self.all_special_ids])
+            rust.decoder = decoders.Decoder.custom(DigitsDecoder(self._text))
+            self._cached_rust_decoder = key, rust
+        return self._cached_rust_decoder[1]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_cached_rust_decoder": (None, None)}  # tokenizers cannot pickle a decoder in Python
 
     def without_half_character(self, ids):
         """Return `ids` up to the last complete character, without ids that give no text.
@@ -331,11 +350,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Returns:
             The text; encode it with special tokens to get the model's input.
         """
-        past = "".join(self.build_round(i, q) + f"{r}\n\n" for i, (q, r) in enumerate(history or [], start=1))
+        past = ""
+        for i, (asked, answered) in enumerate(history or [], start=1):
+            check_unicode(f"{answered}", f"the response of round {i}")
+            past += self.build_round(i, asked) + f"{answered}\n\n"
         return (f"{system}\n\n" if system else "") + past + self.build_round(len(history or []) + 1, query)
 
     def build_round(self, number, query):
         """The start of a round, numbered from 1: up to 答： and without an answer."""
+        check_unicode(f"{query}", f"the query of round {number}")
         return f"[Round {number}]\n\n问：{query}\n\n答："
 
     def apply_chat_template(
@@ -357,8 +380,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ):
         """As in transformers, with [gMASK] sop in front of the ids, which no text encodes to.
 
-        With `add_generation_prompt=True` the ids are those of `build_prompt`. An optional system message comes before
-        round 1; user and assistant alternate. Any other order raises jinja2's TemplateError.
+        With `add_generation_prompt=True` the ids are those of `build_prompt`. A system message stands where it is
+        given. User messages in a row are one question, and an answer without a question gets an empty one. Other roles
+        than system, developer, user, assistant and tool, and content that is not text, raise jinja2's TemplateError.
 
         A conversation that ends with an answer is one to learn: the answer is encoded by itself, as it is generated,
         and </s> follows it. With `return_assistant_tokens_mask=True`, `assistant_masks` is 1 for the tokens of every
@@ -470,18 +494,28 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return (path,)
 
 
-def rust_decoder(vocab, special_tokens):
-    """Build a `tokenizers.Tokenizer` that decodes ids as SentencePiece does. It has no merges, so it cannot encode.
+def check_unicode(text, what):
+    """Raise ValueError if `text` holds half of a surrogate pair, which JSON can spell ("\\ud800") but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        i = error.start
+        before = text[max(i - 20, 0) : i]
+        raise ValueError(
+            f"{what} cannot be encoded in UTF-8: character {i} is {text[i]!r}, half of a surrogate pair, after "
+            f"{before!r}. Remove it."
+        ) from None
 
-    Args:
-        vocab: {token: id}; pieces use "▁" for a space and "<0xE4>" for a byte.
-        special_tokens: the tokens of `vocab` that give no text with `skip_special_tokens`.
 
-    Ids beyond `vocab`, those of tokens added by the user, give no text.
+class DigitsDecoder:
+    """Calls `text` with the ids whose digits are the tokens.
+
+    tokenizers' own ByteFallback shows every byte of a run as U+FFFD where one is stray. DecodeStream fails there, as
+    the text no longer begins with what it has passed on.
     """
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return tokenizer
+
+    def __init__(self, text):
+        self.text = text
+
+    def decode_chain(self, tokens):
+        return [self.text([int(token) for token in tokens])]

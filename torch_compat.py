@@ -5,6 +5,8 @@ int4 layers is part of compiled graphs from 2.4 on (`torch.library.custom_op`); 
 """
 
 import contextlib
+import inspect
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,12 @@ else:  # delete with torch 2.4
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return (weight * wide).to(x.dtype)
+
+
+def load_without_data(path):
+    """The tensors of a file by `torch.save`, on the meta device. From torch 2.1 on their data is not read from disk."""
+    lazy = {"mmap": True} if "mmap" in inspect.signature(torch.load).parameters and zipfile.is_zipfile(path) else {}
+    return torch.load(path, map_location="meta", weights_only=True, **lazy)
 
 
 def needs_dispatch(x):
