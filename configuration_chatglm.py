@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Callable, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
+from .family_chatglm import FAMILIES, config_family, find_rope_ratio_type
 from .transformers_compat import ConfigFallbacks, register_for_serve
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
@@ -73,6 +74,7 @@ RULES = {
     "kv_channels": integer(4, step=4),  # half of a head's channels are rotated, in pairs
     "classifier_dropout": optional(PROBABILITY),
     "initializer_range": number(lambda value: value >= 0, "a finite number from 0 on"),
+    "model_family": one_of(*FAMILIES),
     "rope_ratio_type": one_of("linear", "base"),  # "linear": ChatGLM2-6B-32K, "base": ChatGLM3-6B-32K
     "quantization_bit": optional(one_of(0, 4, 8)),
     "pre_seq_len": optional(integer(0)),
@@ -80,6 +82,7 @@ RULES = {
     "tie_word_embeddings": Rule(lambda value: value is False, "false: ChatGLM2 has a separate output layer"),
     **dict.fromkeys(("torch_dtype", "dtype"), optional(Rule(is_float_dtype, '"float16", "bfloat16" or "float32"'))),
 }
+CHATGLM3_STOPS = [2, 64795, 64797]  # </s>, and the roles that speak after an answer; its config.json says 2 alone
 QUANTIZATION_OPTIONS = {
     "group_size": optional(integer(2, step=2)),
     "skip": TEXTS,
@@ -113,7 +116,8 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
         add_qkv_bias: bias on `query_key_value`; add_bias_linear: bias on every linear layer of a block.
         hidden_dropout, attention_dropout, classifier_dropout: dropout probabilities for training.
         rope_ratio, rope_ratio_type: extend the context. "linear" (ChatGLM2-6B-32K) divides the positions by rope_ratio;
-            "base" (ChatGLM3-6B-32K) multiplies the base 10000 by it.
+            "base" (ChatGLM3-6B-32K) multiplies the base 10000 by it. By default the other keys tell which.
+        model_family: "chatglm2", "chatglm3" or "codegeex2"; by default the other keys tell which.
         pre_seq_len, prefix_projection: P-Tuning v2: length of the learned prefix, and whether it passes through an MLP.
         quantization_bit: 4 or 8 if the checkpoint's linear layers are quantized, else 0.
         initializer_range: standard deviation of newly initialized weights.
@@ -175,7 +179,8 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
         multi_query_group_num=2,
         fp32_residual_connection=False,
         rope_ratio=1.0,
-        rope_ratio_type="linear",
+        rope_ratio_type=None,
+        model_family=None,
         quantization_bit=0,
         pre_seq_len=None,
         prefix_projection=False,
@@ -212,7 +217,11 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
         self.multi_query_group_num = multi_query_group_num
         self.fp32_residual_connection = fp32_residual_connection
         self.rope_ratio = 1.0 if rope_ratio is None else rope_ratio
-        self.rope_ratio_type = rope_ratio_type
+        told_by = {**kwargs, "seq_length": seq_length, "rope_ratio": rope_ratio, "model_family": model_family}
+        self.rope_ratio_type = rope_ratio_type or find_rope_ratio_type(told_by)
+        self.model_family = config_family(told_by)
+        if self.model_family == "chatglm3" and eos_token_id == 2 and padded_vocab_size > CHATGLM3_STOPS[-1]:
+            eos_token_id = CHATGLM3_STOPS
         self.quantization_bit = quantization_bit or 0
         self.pre_seq_len = pre_seq_len or None
         self.prefix_projection = prefix_projection

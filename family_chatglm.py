@@ -43,7 +43,7 @@ def config_family(config):
     return named_family(config.get("_name_or_path")) or ("chatglm3" if short else "chatglm2")
 
 
-def rope_ratio_type(config):
+def find_rope_ratio_type(config):
     """How a config.json, given as a dictionary, means its `rope_ratio`: "base" multiplies, "linear" divides."""
     if config.get("rope_ratio_type") is not None:
         return config["rope_ratio_type"]
@@ -58,13 +58,12 @@ def tokenizer_family(folder, settings):
 
     The files are read again: the settings have lost the name, and hold a chat template that may be another model's.
     """
-    stored = {**settings, **read_json(folder, "tokenizer_config.json")}
-    family = settings.get("model_family") or stored.get("model_family")
-    if family is not None:
-        return checked_family(family)
-    telling = [stored.get(key) for key in ("chat_template", "added_tokens_decoder", "additional_special_tokens")]
-    roles = json.dumps(telling, default=str)
-    if "encode_special_tokens" in stored or any(f"<|{role}|>" in roles for role in ROLES) or "'<|' +" in roles:
+    stored = read_json(folder, "tokenizer_config.json") or settings
+    if settings.get("model_family") is not None:
+        return checked_family(settings["model_family"])
+    telling = [stored.get(key) for key in ("added_tokens_decoder", "additional_special_tokens")]
+    roles = json.dumps([*telling, stored.get("chat_template"), settings.get("chat_template")], default=str)
+    if "encode_special_tokens" in stored or any(f"<|{role}|>" in roles for role in ROLES):
         return "chatglm3"
     return named_family(stored.get("name_or_path")) or config_family(read_json(folder, "config.json"))
 
@@ -88,6 +87,7 @@ class Rounds:
     commands = COMMANDS
     shown = ()  # commands whose names are part of decoded text
     stops = ()  # commands that end an answer, besides </s>
+    template = None  # chat_template.jinja
 
     def checked(self, query, history, role="user"):
         """Copy `history`. Raises ValueError for what is neither text nor None, which is written as "None"."""
@@ -111,13 +111,13 @@ class Rounds:
         """The ids of the new round alone, to follow those of `history`."""
         return tokenizer.encode_continuation("\n\n" + tokenizer.build_round(len(history) + 1, query))
 
-    def without_oldest(self, history):
-        """`history` without its oldest round; None if there is nothing to drop."""
-        return history[1:] if history else None
+    def split(self, history):
+        """(what to keep of a long `history`, its rounds, of which the oldest may be dropped)."""
+        return [], [[turn] for turn in history]
 
-    def answered(self, text, query, history, role="user"):
+    def answered(self, process_response, text, query, history, role="user"):
         """(response, history with the new round) for the text of an answer."""
-        response = with_date(text.strip())
+        response = process_response(text)
         return response, [*history, (query, response)]
 
     def is_undecided(self, text, history):
@@ -135,6 +135,10 @@ class Roles:
     commands = (*COMMANDS, *(f"<|{role}|>" for role in ROLES))
     shown = commands
     stops = ("<|user|>", "<|observation|>")
+    template = (
+        "{{ '[gMASK]sop' }}{% for message in messages %}{{ '<|' + message['role'] + '|>\\n ' + message['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
 
     def checked(self, query, history, role="user"):
         """Copy `history`. Raises ValueError for an unknown role, and for what is not text."""
@@ -177,17 +181,41 @@ class Roles:
         """The ids of the new message, and the assistant's token."""
         return self.message(tokenizer, role, "", query) + [tokenizer.get_command("<|assistant|>")]
 
-    def without_oldest(self, history):
-        """`history` without its oldest round but with its system message; None if there is nothing to drop."""
-        first = 1 if history and history[0]["role"] == "system" else 0
-        if len(history) == first:
-            return None
-        later = (i for i in range(first + 1, len(history)) if history[i]["role"] == "user")
-        return history[:first] + history[next(later, len(history)) :]
+    def encoded(self, tokenizer, messages, add_generation_prompt=False, tools=None):
+        """(ids, mask) of a conversation in the form of OpenAI's API; the mask is 1 where an answer is to be learned.
 
-    def answered(self, text, query, history, role="user"):
+        The role "tool" is ChatGLM3's "observation", "developer" its "system"; `tool_calls` become a message each, and
+        `tools` part of the system message.
+        """
+        messages = [part for message in messages for part in from_openai(message)]
+        if tools:
+            tools = [tool.get("function", tool) for tool in tools]
+            first = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": OFFER}
+            messages.insert(0, {**first, "role": "system", "tools": tools})
+        messages = self.checked("", messages)
+        ids, mask = tokenizer.get_prefix_tokens(), [0, 0]
+        for message in messages:
+            own = self.messages(tokenizer, [message])
+            learned = int(message["role"] == "assistant")
+            ids, mask = ids + own, mask + [0] + [learned] * (len(own) - 1)
+        if add_generation_prompt:
+            return [*ids, tokenizer.get_command("<|assistant|>")], [*mask, 0]
+        ends = [tokenizer.eos_token_id] if messages and messages[-1]["role"] == "assistant" else []
+        return ids + ends, mask + [1] * len(ends)
+
+    def split(self, history):
+        """(what to keep of a long `history`, its rounds, of which the oldest may be dropped)."""
+        first = 1 if history and history[0]["role"] == "system" else 0
+        rounds = []
+        for message in history[first:]:
+            if message["role"] == "user" or not rounds:
+                rounds.append([])
+            rounds[-1].append(message)
+        return list(history[:first]), rounds
+
+    def answered(self, process_response, text, query, history, role="user"):
         """(response, history with the new messages) for the text of an answer."""
-        return self.response(text, [*history, {"role": role, "content": query}])
+        return process_response(text, [*history, {"role": role, "content": query}])
 
     def response(self, text, history):
         """(response, history with the messages of `text`); the response is a dictionary if it calls a tool.
@@ -209,6 +237,28 @@ class Roles:
     def is_undecided(self, text, history):
         """Whether the first line could still become the name of a tool."""
         return offers_tools(history) and "\n" not in text.rpartition("<|assistant|>")[2]
+
+
+OFFER = "Answer the following questions as best as you can. You have access to the following tools:"  # as trained
+
+
+def from_openai(message):
+    """A message of OpenAI's API as messages of ChatGLM3."""
+    role = {"tool": "observation", "developer": "system"}.get(message.get("role"), message.get("role"))
+    content = message.get("content") or ""
+    if isinstance(content, (list, tuple)):  # parts
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    calls = message.get("tool_calls") or []
+    if content or not calls:
+        kept = {key: message[key] for key in ("metadata", "tools") if key in message}
+        yield {**kept, "role": role, "content": content}
+    for call in calls:
+        function = call.get("function", call)
+        arguments = function.get("arguments") or {}
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        content = f"```python\ntool_call({written})\n```"
+        yield {"role": "assistant", "metadata": function["name"], "content": content}
 
 
 def offers_tools(history):

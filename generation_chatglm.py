@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .attention_chatglm import KEYWORDS, causal_mask
+from .family_chatglm import PLACEHOLDER, Roles, with_date
 from .torch_compat import autocast_dtype
 from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, is_static, take_cache
 
@@ -102,7 +103,6 @@ def thread_state(device):
 # keyword arguments that `generate` passes to `forward`, besides those of the attention
 FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
 ITS_OWN = {"tokenizer"}  # what some releases leave among them, and forward does not need
-PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # the released models write this for the date of their training
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
@@ -130,6 +130,7 @@ class ChatMixin:
         logits_processor=None,
         max_history_tokens=None,
         system=None,
+        role="user",
         **kwargs,
     ):
         """Answer `query`.
@@ -138,7 +139,7 @@ class ChatMixin:
             tokenizer: a ChatGLMTokenizer.
             query: the user's message.
             history: earlier rounds as (query, response), oldest first; not modified. As in the original, a text may be
-                empty, and None is written into the prompt as "None".
+                empty, and None is written into the prompt as "None". For ChatGLM3 messages, {"role", "content"}.
             max_length: limit on prompt and response tokens together, unless `max_new_tokens` is given.
             num_beams, do_sample, top_p, temperature: as for `generate`. A `generation_config` in the keyword
                 arguments replaces these and max_length.
@@ -146,26 +147,27 @@ class ChatMixin:
                 that no step raises.
             max_history_tokens: drop the oldest rounds from the prompt until the rest has at most this many tokens.
             system: instructions for the whole conversation, in front of its first round.
+            role: for ChatGLM3: "observation" if `query` is what a tool returned, "system" for instructions.
             **kwargs: passed to `generate`.
 
         Returns:
-            The response, and the history with (query, response) appended, a new list of tuples.
+            The response, and a new list: the history with (query, response), for ChatGLM3 with both messages. Where
+            ChatGLM3 calls a tool, the response is {"name", "parameters"}: pass on the result with role="observation".
 
         Raises:
             ValueError: a malformed query or history, or a prompt that exceeds `seq_length`.
         """
-        history = checked_history(query, history)
+        history = tokenizer.conversation.checked(query, history, role)
         if (kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("chat returns one answer: set num_return_sequences=1, or use generate.")
-        kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
-        inputs = self.build_inputs(tokenizer, query, kept, system)
+        kept = self._recent_rounds(tokenizer, query, history, max_history_tokens, role)
+        inputs = self.build_inputs(tokenizer, query, kept, system, role)
         prompt_length = inputs["input_ids"].shape[1]
         sampling = {"num_beams": num_beams, "do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
         output = self.generate(**inputs, **settings)
         ids = getattr(output, "sequences", output)[0, prompt_length:].tolist()
-        response = self._response(tokenizer, ids)
-        return response, [*history, (query, response)]
+        return tokenizer.conversation.answered(self.process_response, tokenizer.answer(ids), query, history, role)
 
     def stream_chat(
         self,
@@ -181,6 +183,7 @@ class ChatMixin:
         return_past_key_values=False,
         max_history_tokens=None,
         system=None,
+        role="user",
         **kwargs,
     ):
         """Answer `query` step by step. Takes the arguments of `chat` and:
@@ -195,15 +198,15 @@ class ChatMixin:
             (text so far, history with it[, cache]). Each text extends the previous one and never ends in the middle of
             a character; the last one is complete. A round interrupted before its first text leaves the cache unchanged.
         """
-        history = checked_history(query, history)
+        history = tokenizer.conversation.checked(query, history, role)
         held = 0 if past_key_values is None else past_key_values.get_seq_length()
         if not held:
-            kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
-            inputs = self.build_inputs(tokenizer, query, kept, system)
+            kept = self._recent_rounds(tokenizer, query, history, max_history_tokens, role)
+            inputs = self.build_inputs(tokenizer, query, kept, system, role)
         elif max_history_tokens is not None:
             raise ValueError("max_history_tokens cannot drop rounds from a cache: pass it or past_key_values.")
         else:
-            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values)
+            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values, role)
         prompt_length = inputs["input_ids"].shape[1]
         sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
@@ -212,37 +215,36 @@ class ChatMixin:
             settings["cache"] = cache
 
         def output(text):
-            result = (text, [*history, (query, text)])
+            result = tokenizer.conversation.answered(self.process_response, text, query, history, role)
             return (*result, cache) if return_past_key_values else result
 
-        shown = whole = ""
+        shown, text = None, ""
         try:
             for ids in self.stream_generate(**inputs, **settings):
-                whole = self._response(tokenizer, ids[0, prompt_length:].tolist())
-                text = without_partial_placeholder(whole)
-                if text and text != shown:
-                    shown = text
-                    yield output(text)
+                text = tokenizer.answer(ids[0, prompt_length:].tolist())
+                known = output(without_partial_placeholder(text))
+                if known[0] and known != shown and not tokenizer.conversation.is_undecided(text, history):
+                    shown = known
+                    yield known
         except BaseException:
             if not shown and cache is not None and cache.get_seq_length() > held:
                 crop_cache(cache, cache.get_seq_length() - held)
             raise
-        if whole != shown or not shown:
-            yield output(whole)
+        known = output(text)
+        if known != shown:
+            yield known
 
-    def build_inputs(self, tokenizer, query, history=None, system=None):
+    def build_inputs(self, tokenizer, query, history=None, system=None, role="user"):
         """The model's inputs for `query` after `history`: input_ids, attention_mask, position_ids, int [1, T]."""
-        prompt = tokenizer.build_prompt(query, history, system)
-        return tokenizer([prompt], return_tensors="pt").to(self._input_device())
+        ids = tokenizer.conversation.prompt(tokenizer, query, history or [], role, system)
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self._input_device())
 
-    def build_stream_inputs(self, tokenizer, query, history=None):
+    def build_stream_inputs(self, tokenizer, query, history=None, role="user"):
         """As `build_inputs`, but of the new round alone, to follow a cache that holds `history`."""
         if not history:
-            return self.build_inputs(tokenizer, query)
-        text = "\n\n" + tokenizer.build_round(len(history) + 1, query)
-        new = tokenizer.encode(text, add_special_tokens=False)[1:]  # without the space that every text begins with
-        inputs = tokenizer.pad({"input_ids": [new]}, return_tensors="pt")
-        return inputs.to(self._input_device())
+            return self.build_inputs(tokenizer, query, role=role)
+        ids = tokenizer.conversation.next_round(tokenizer, query, history, role)
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self._input_device())
 
     def _input_device(self):
         """The device for input_ids: the embedding's, or the one that accelerate moves an offloaded embedding to."""
@@ -252,30 +254,32 @@ class ChatMixin:
             return torch.device(target)
         return self.get_input_embeddings().weight.device
 
-    def process_response(self, response):
-        """Strip an answer, and fill its placeholder for the training date."""
-        return response.strip().replace(PLACEHOLDER, TRAINING_DATE)
+    def process_response(self, response, history=None):
+        """Strip an answer, and fill its placeholder for the training date.
 
-    def _response(self, tokenizer, ids):
-        return self.process_response(tokenizer.decode(tokenizer.without_half_character(ids)))
+        With `history`, messages that end with the one that was answered, the text is ChatGLM3's: returns (response,
+        history with the answer), see `Roles.response`.
+        """
+        return with_date(response.strip()) if history is None else Roles().response(response, history)
 
-    def _recent_rounds(self, tokenizer, query, history, max_history_tokens):
+    @staticmethod
+    def _recent_rounds(tokenizer, query, history, max_history_tokens, role="user"):
         """The last rounds of `history` that take at most `max_history_tokens` tokens."""
         if max_history_tokens is None:
             return history
 
         def tokens(rounds):
-            return len(tokenizer(tokenizer.build_prompt(query, rounds))["input_ids"])
+            return len(tokenizer.conversation.prompt(tokenizer, query, rounds, role))
 
-        alone = tokens([])
-        first = next(
-            (i for i in range(len(history)) if tokens(history[i:]) - alone <= max_history_tokens), len(history)
-        )
-        return history[first:]
+        kept, rounds = tokenizer.conversation.split(history)
+        alone = tokens(kept)
+        while rounds and tokens(kept + sum(rounds, [])) - alone > max_history_tokens:
+            rounds = rounds[1:]
+        return kept + sum(rounds, [])
 
-    def _next_round_inputs(self, tokenizer, query, history, past_key_values):
+    def _next_round_inputs(self, tokenizer, query, history, past_key_values, role):
         """Inputs of a new round after the cache. `generate` needs ids for cached tokens too, but never reads them."""
-        new = self.build_stream_inputs(tokenizer, query, history)["input_ids"]
+        new = self.build_stream_inputs(tokenizer, query, history, role)["input_ids"]
         input_ids = F.pad(new, (self.transformer.count_cached_tokens(past_key_values), 0))
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
@@ -289,6 +293,9 @@ class ChatMixin:
             if not (sampling["do_sample"] and sampling["temperature"]):  # temperature 0 is greedy decoding
                 sampling = {**sampling, "do_sample": False, "top_p": None, "temperature": None}
             settings.update(sampling)
+        stops = tokenizer.stop_ids()
+        if len(stops) > 1 and not (given is kwargs.get("generation_config") and given.eos_token_id is not None):
+            settings.setdefault("eos_token_id", stops)
         if settings.get("stop_strings") or getattr(given, "stop_strings", None):
             settings["tokenizer"] = tokenizer
         new = kwargs.get("max_new_tokens") or given.max_new_tokens
@@ -437,16 +444,3 @@ def without_partial_placeholder(text):
         if text.endswith(PLACEHOLDER[:length]):
             return text[:-length].rstrip()
     return text
-
-
-def checked_history(query, history):
-    """Copy `history` to a list of tuples. Raises ValueError for what is not text, or None in place of it."""
-    if not isinstance(query, (str, type(None))):
-        raise ValueError(f"query must be a string, got {query!r}")
-    if history is not None and not isinstance(history, (list, tuple)):
-        raise ValueError(f"history must be a list of (query, response), got a {type(history).__name__}")
-    for i, turn in enumerate(history or []):
-        pair = isinstance(turn, (list, tuple)) and len(turn) == 2
-        if not pair or not all(isinstance(text, (str, type(None))) for text in turn):
-            raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
-    return [tuple(turn) for turn in history or []]

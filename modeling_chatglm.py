@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, n
     from .c_library import load  # noqa: F401
     from .checkpoint_chatglm import read_checkpoint  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
+    from .family_chatglm import find_rope_ratio_type  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
     from .quantization_cpu_source import source  # noqa: F401

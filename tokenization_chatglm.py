@@ -9,16 +9,19 @@ from `get_command` and `build_inputs_with_special_tokens`.
 import inspect
 import os
 import re
+from functools import partial
 from itertools import accumulate, groupby
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models
 from transformers import BatchEncoding, PreTrainedTokenizer
 
+from .family_chatglm import COMMANDS, Roles, conversation, tokenizer_family
+
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_TAG = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")  # around an answer, for training
+TYPED_COMMAND = re.compile(r"(\[s?MASK\]|\[gMASK\]|(?<=MASK\])(?:sop|eop)|<\|(?:system|user|assistant|observation)\|>)")
 PAD_OPTIONS = {"pad_to_multiple_of", "padding_side", "return_attention_mask"}
-COMMANDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
 
 class SPTokenizer:
@@ -32,7 +35,7 @@ class SPTokenizer:
             OSError, which `from_pretrained` would replace by a vaguer message.
     """
 
-    def __init__(self, model_path):
+    def __init__(self, model_path, commands=COMMANDS, shown=()):
         if model_path is None or not os.path.isfile(model_path):
             raise ValueError(
                 f"tokenizer.model is missing (looked for {model_path}). It comes with the weights: copy it into the "
@@ -47,9 +50,10 @@ class SPTokenizer:
                 "be incomplete (a Git LFS pointer has about 130 bytes). Download the file again."
             ) from error
         size = self.sp_model.vocab_size()
-        self.special_tokens = {command: size + i for i, command in enumerate(COMMANDS)}
+        self.special_tokens = {command: size + i for i, command in enumerate(commands)}
         self.index_special_tokens = {i: command for command, i in self.special_tokens.items()}
-        self.n_words = size + len(COMMANDS)
+        self.shown = {self.special_tokens[command]: command for command in shown}
+        self.n_words = size + len(commands)
         self.bos_id = self.sp_model.bos_id()
         self.eos_id = self.sp_model.eos_id()
         self.pad_id = self.sp_model.unk_id()
@@ -74,8 +78,8 @@ class SPTokenizer:
         return self.special_tokens[token] if token in self.special_tokens else self.sp_model.PieceToId(token)
 
     def convert_id_to_token(self, index):
-        """Return the piece of an id; "" if it gives no text."""
-        return self.sp_model.IdToPiece(index) if self.is_text(index) else ""
+        """Return the piece of an id, or the name of a command that is shown; "" if the id gives no text."""
+        return self.shown.get(index) or (self.sp_model.IdToPiece(index) if self.is_text(index) else "")
 
     def tokenize(self, s):
         """Split text into pieces."""
@@ -85,9 +89,11 @@ class SPTokenizer:
         """Return the ids of text, without [gMASK] sop; with <s> in front and </s> at the end if asked for."""
         return [self.bos_id] * bos + self.sp_model.EncodeAsIds(s) + [self.eos_id] * eos
 
-    def decode(self, t):
-        """Return the text of ids."""
-        return self.sp_model.DecodeIds([i for i in t if self.is_text(i)])
+    def decode(self, t, keep_space=False):
+        """Return the text of ids, by default without the space that SentencePiece puts in front of every text."""
+        ids = [i for i in t if self.is_text(i)]
+        newline = [self.sp_model.PieceToId("<0x0A>")] if keep_space else []
+        return self.sp_model.DecodeIds(newline + ids)[len(newline) :]
 
     def decode_tokens(self, tokens):
         """Return the text of pieces."""
@@ -128,7 +134,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     unk_token, unk_token_id = special_token("unk_token")
 
     def __init__(self, vocab_file=None, padding_side="left", clean_up_tokenization_spaces=False, **kwargs):
-        self.tokenizer = SPTokenizer(vocab_file)
+        folder = os.path.dirname(vocab_file or "")
+        self.model_family = kwargs["model_family"] = tokenizer_family(folder, kwargs)
+        self.conversation = conversation(self.model_family)
+        self.encode_special_tokens = kwargs.pop("encode_special_tokens", False)
+        if self.encode_special_tokens:
+            self._roles()
+        self.tokenizer = SPTokenizer(vocab_file, self.conversation.commands, self.conversation.shown)
         self.tokenizer.rust_decoder = self._rust_decoder
         self._cached_rust_decoder = None, None
         self.vocab_file = vocab_file
@@ -141,9 +153,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self._read_chat_template()
 
     def _read_chat_template(self):
-        """Read the template from its file, for releases of transformers that do not read it."""
+        """Read the template from its file, for releases of transformers that do not read it.
+
+        ChatGLM3's is its own: that of ChatGLM2 may have come into the folder with the code.
+        """
         path = os.path.join(os.path.dirname(self.vocab_file), CHAT_TEMPLATE_FILE)
-        if getattr(self, "chat_template", None) is None and os.path.isfile(path):
+        if isinstance(self.conversation, Roles):
+            if "<|assistant|>" not in str(getattr(self, "chat_template", None)):
+                self.chat_template = self.conversation.template
+        elif getattr(self, "chat_template", None) is None and os.path.isfile(path):
             with open(path, encoding="utf-8") as f:
                 self.chat_template = f.read()
 
@@ -166,13 +184,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return {**self.tokenizer.get_vocab(), **self.get_added_vocab()}
 
     def get_command(self, token):
-        """Return the id of a command: [MASK], [gMASK], [sMASK], sop, eop, or <bos>, <eos>, <pad>.
+        """Return the id of a command: [MASK], [gMASK], [sMASK], sop, eop, ChatGLM3's roles, <bos>, <eos>, <pad>, <unk>.
 
         Raises:
             ValueError: `token` is not one of them.
         """
         words = self.tokenizer
-        commands = {**words.special_tokens, "<bos>": words.bos_id, "<eos>": words.eos_id, "<pad>": words.pad_id}
+        commands = {
+            **words.special_tokens,
+            "<bos>": words.bos_id,
+            "<eos>": words.eos_id,
+            "<pad>": words.pad_id,
+            "<unk>": 0,
+        }
         if token not in commands:
             raise ValueError(f"{token!r} is not a command: use one of {', '.join(commands)}.")
         return commands[token]
@@ -207,7 +231,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return [token for part, _, added in parts for token in ([added] if added else self._tokenize(part))]
 
     def _tokenize(self, text, **kwargs):
-        return self.tokenizer.tokenize(text)
+        if not self.encode_special_tokens:
+            return self.tokenizer.tokenize(text)
+        tokens = []
+        for i, part in enumerate(TYPED_COMMAND.split(text)):  # every second part is a command
+            tokens += [part] if i % 2 else self.tokenizer.tokenize(part)
+        return tokens
 
     def _split_at_added_tokens(self, text, split_special_tokens=None):
         """Yield (part of text, where it begins, the added token that it is or None), without empty parts."""
@@ -259,17 +288,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 if token_ids == i:
                     return token
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        hidden = set(self.all_special_ids) if skip_special_tokens else ()
+        hidden = {*self.all_special_ids, *self.tokenizer.shown} if skip_special_tokens else ()
         text = self._text([i for i in ids if i not in hidden], " " if spaces_between_special_tokens else "")
         clean = getattr(self, "clean_up_tokenization", str)  # missing in transformers 5.0
         return clean(text) if clean_up_tokenization_spaces else text
 
     def _text(self, ids, between=""):
-        added, parts = {i: token for token, i in self._user_added_vocab().items()}, []
-        ids = (i for i in ids if i in added or self.tokenizer.is_text(i))
-        for is_added, run in groupby(ids, key=added.__contains__):
+        named, parts = {**{i: token for token, i in self._user_added_vocab().items()}, **self.tokenizer.shown}, []
+        ids = (i for i in ids if i in named or self.tokenizer.is_text(i))
+        for is_named, run in groupby(ids, key=named.__contains__):
             run = list(run)
-            parts += [added[i] for i in run] if is_added else [self.tokenizer.decode(run)]
+            behind_command = parts and parts[-1] in self.tokenizer.special_tokens
+            parts += [named[i] for i in run] if is_named else [self.tokenizer.decode(run, keep_space=behind_command)]
         return between.join(parts)
 
     def _rust_decoder(self):
@@ -294,8 +324,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Byte fallback encodes a rare character with one id per byte, so a stream can stop in the middle of one.
         """
-        pieces, added = self.tokenizer.sp_model, set(self._user_added_vocab().values())
-        ids = [i for i in ids if self.tokenizer.is_text(i) or i in added]  # others may occur within a character
+        pieces, named = self.tokenizer.sp_model, {*self._user_added_vocab().values(), *self.tokenizer.shown}
+        ids = [i for i in ids if self.tokenizer.is_text(i) or i in named]  # others may occur within a character
         for count, i in enumerate(reversed(ids[-3:]), start=1):  # a character has at most four bytes
             if not (self.tokenizer.is_text(i) and pieces.IsByte(i)):
                 break
@@ -306,6 +336,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             if byte < 0x80:
                 break
         return ids
+
+    def answer(self, ids):
+        """The text of an answer's ids, up to the last complete character, without the id that ends it."""
+        ids = list(ids)
+        return self.decode(self.without_half_character(ids[:-1] if ids and ids[-1] in self.stop_ids() else ids))
+
+    def stop_ids(self):
+        """Ids that end an answer: </s>, and for ChatGLM3 the roles that speak next."""
+        return [self.eos_token_id, *map(self.get_command, self.conversation.stops)]
+
+    def encode_continuation(self, text):
+        """The ids of text that follows other text: without a space in front, which most models' encoding adds."""
+        ids = self.encode(text, add_special_tokens=False)
+        return ids[1:] if ids and self.convert_ids_to_tokens(ids[0]) == "▁" else ids
 
     # Ids to model inputs
 
@@ -338,6 +382,32 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return encoded_inputs
 
     # Chat
+
+    def build_single_message(self, role, metadata, message):
+        """ChatGLM3: the ids of one message.
+
+        Raises:
+            ValueError: an unknown role, or another model's tokenizer.
+        """
+        return self._roles().message(self, role, metadata, message)
+
+    def build_chat_input(self, query, history=None, role="user"):
+        """ChatGLM3: the model's inputs for a message after `history`: tensors, int [1, T].
+
+        Raises:
+            ValueError: an unknown role, or another model's tokenizer.
+        """
+        roles = self._roles()
+        ids = roles.prompt(self, query, roles.checked(query, history, role), role)
+        return self.pad({"input_ids": [ids]}, return_tensors="pt")
+
+    def _roles(self):
+        if not isinstance(self.conversation, Roles):
+            raise ValueError(
+                f"This is the tokenizer of {self.model_family}, whose prompt has no roles. If the weights are "
+                'ChatGLM3\'s, write "model_family": "chatglm3" into config.json and tokenizer_config.json.'
+            )
+        return self.conversation
 
     def build_prompt(self, query, history=None, system=None):
         """Build the chat prompt.
@@ -397,6 +467,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 "return_assistant_tokens_mask=True needs return_dict=True and tokenize=True, and neither "
                 "add_generation_prompt nor continue_final_message."
             )
+        if tokenize and isinstance(self.conversation, Roles):
+            if chat_template is not None:
+                raise ValueError("chat_template: ChatGLM3's ids are made from the messages. Pass tokenize=False too.")
+            batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+            rows = conversation if batched else [conversation]
+            encode = partial(self.conversation.encoded, self, add_generation_prompt=add_generation_prompt, tools=tools)
+            ids, masks = zip(*map(encode, rows))
+            options = padding, truncation, max_length, return_tensors, return_assistant_tokens_mask
+            return self._chat_inputs(ids, masks, batched, return_dict, *options, tokenizer_kwargs)
         for name, value in (("tools", tools), ("documents", documents)):
             if value is not None:  # transformers before 4.42 has neither
                 kwargs[name] = value
@@ -426,7 +505,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         elif return_assistant_tokens_mask:
             raise ValueError("return_assistant_tokens_mask=True: the chat template has no {% generation %} tags.")
         ids, masks = zip(*map(self._chat_ids, rows))
+        options = padding, truncation, max_length, return_tensors, return_assistant_tokens_mask
+        return self._chat_inputs(ids, masks, batched, return_dict, *options, tokenizer_kwargs)
 
+    def _chat_inputs(self, ids, masks, batched, return_dict, padding, truncation, max_length, return_tensors,
+                     return_assistant_tokens_mask, tokenizer_kwargs):  # fmt: skip
+        """What apply_chat_template returns for rows of ids, and of 1 where an answer is."""
         options = dict(tokenizer_kwargs or {})
         pad_options = {name: options.pop(name) for name in PAD_OPTIONS & options.keys()}
         cut = {"truncation": truncation, "max_length": max_length}
