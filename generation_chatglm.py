@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 import queue
 import threading
 import warnings
@@ -11,6 +12,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .attention_chatglm import KEYWORDS, causal_mask
+from .checkpoint_chatglm import shorten
 from .torch_compat import autocast_dtype
 from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, is_static, take_cache
 
@@ -103,11 +105,58 @@ FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_
 PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # the released models write this for the date of their training
 
 
-class FiniteScores(LogitsProcessor):
-    """Clamps scores to [-10,000, 10,000], nan to the lowest, so that temperature and sampling cannot fail."""
+GENERATING = contextvars.ContextVar("generating", default=False)  # `generate` calls that of an assistant model
+
+
+class ScoreCheck(LogitsProcessor):
+    """Ends a generation where nan has replaced all scores of a row, as damaged weights do: they would choose noise.
+
+    The result of a step stays on its device. It is read in the first step, in every 32nd, and by `report` at the end.
+    """
+
+    def __init__(self, model):
+        self.model, self.steps, self.worst, self.warned = model, 0, None, False
 
     def __call__(self, input_ids, scores):
-        return scores.nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
+        best = scores.amax(dim=-1)  # nan if any score is; -inf among them is how processors exclude a token
+        numbers = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        lost = best.isnan() & (numbers.amax(dim=-1) == -math.inf)
+        level = (~(best < math.inf)).any().int() + lost.any().int()
+        self.worst = level if self.worst is None else torch.maximum(self.worst, level)
+        if self.steps % 32 == 0:
+            self.report()
+        self.steps += 1
+        return scores
+
+    def report(self):
+        """Raise ValueError if a row of scores was nan; warn once of single ones."""
+        worst = 0 if self.worst is None else self.worst.item()
+        if worst == 2:
+            raise nan_scores_error(self.model)
+        if worst == 1 and not self.warned:
+            self.warned = True
+            warnings.warn("some scores are nan or inf: chat makes them finite and goes on", stacklevel=2)
+
+
+class FiniteScores(ScoreCheck):
+    """Also clamps scores to [-10,000, 10,000], nan to the lowest, so that temperature and sampling cannot fail."""
+
+    def __call__(self, input_ids, scores):
+        return super().__call__(input_ids, scores).nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
+
+
+def nan_scores_error(model):
+    """The error if a step has no score that is a number, with the weights that are at fault."""
+    damaged = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all()
+    ]
+    if damaged:
+        cause = f"{shorten(damaged)} contain nan or inf. The checkpoint is damaged: download it again."
+    else:
+        cause = f"its weights are finite, so a value left the range of {model.dtype}. Load it in bfloat16 or float32."
+    return ValueError(f"The model's scores are all nan: {cause}")
 
 
 class ChatMixin:
@@ -138,8 +187,8 @@ class ChatMixin:
             max_length: limit on prompt and response tokens together, unless `max_new_tokens` is given.
             num_beams, do_sample, top_p, temperature: as for `generate`. A `generation_config` in the keyword
                 arguments replaces these and max_length.
-            logits_processor: a list of logits processors; not modified. After them nan and inf are made finite, so
-                that no step raises.
+            logits_processor: a list of logits processors; not modified. After them single nan and inf are made finite,
+                so that no step raises.
             max_history_tokens: drop the oldest rounds from the prompt until the rest has at most this many tokens.
             **kwargs: passed to `generate`.
 
@@ -147,7 +196,8 @@ class ChatMixin:
             The response, and the history with (query, response) appended, a new list of tuples.
 
         Raises:
-            ValueError: an empty query, a malformed history, or a prompt that exceeds `seq_length`.
+            ValueError: an empty query, a malformed history, a prompt that exceeds `seq_length`, or scores that are all
+                nan.
         """
         history = checked_history(query, history)
         if (kwargs.get("num_return_sequences") or 1) > 1:
@@ -276,30 +326,68 @@ class ChatMixin:
             settings.update(sampling if sampling["do_sample"] else {**sampling, "top_p": None, "temperature": None})
         if settings.get("stop_strings") or getattr(given, "stop_strings", None):
             settings["tokenizer"] = tokenizer
-        new = kwargs.get("max_new_tokens") or given.max_new_tokens
-        if new is not None:
-            self._check_room(prompt_length, new)
-        elif "generation_config" not in kwargs:
-            settings["max_length"] = min(max_length or self.config.seq_length, self.config.seq_length)
+        new = given.max_new_tokens if kwargs.get("max_new_tokens") is None else kwargs["max_new_tokens"]
+        if new is None and "generation_config" not in kwargs:
+            limit = self.config.seq_length
+            settings["max_length"] = limit if max_length is None else min(max_length, limit)
             if prompt_length >= settings["max_length"]:
                 raise ValueError(
                     f"The prompt has {prompt_length} tokens, which leaves none for an answer: max_length={max_length}, "
                     f"seq_length={self.config.seq_length}. Shorten the query, drop rounds with max_history_tokens, or "
                     "raise max_length up to seq_length."
                 )
-        settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
+        settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores(self)])
         return settings
 
-    def _check_room(self, prompt_length, max_new_tokens):
-        limit = self.config.seq_length
-        if prompt_length + max_new_tokens > limit:
-            room = limit - prompt_length
+    # Generation
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """As in transformers, but never beyond `seq_length`: there, the answer ends as at max_length.
+
+        Raises:
+            ValueError: prompt and `max_new_tokens` exceed `seq_length`, or all scores are nan; and what transformers
+                raises.
+        """
+        if GENERATING.get():  # an assistant's drafts are checked by the model that asks for them
+            return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+        prompts = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+        length = next((prompt.shape[1] for prompt in prompts if prompt is not None), 0)
+        kwargs.update(self._limits(length, generation_config, kwargs))
+        processors = LogitsProcessorList(logits_processor or [])
+        check = next((processor for processor in processors if isinstance(processor, ScoreCheck)), None)
+        if check is None:
+            check = ScoreCheck(self)
+            processors.append(check)
+        outer = GENERATING.set(True)
+        try:
+            output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        finally:
+            GENERATING.reset(outer)
+        check.report()
+        return output
+
+    def _limits(self, prompt_length, generation_config, kwargs):
+        """What has to change in the arguments of `generate` so that it stays within `seq_length`."""
+        limit, room = self.config.seq_length, self.config.seq_length - prompt_length
+
+        def setting(name):
+            given = getattr(generation_config or self.generation_config, name, None)
+            return given if kwargs.get(name) is None else kwargs[name]
+
+        new, longest = setting("max_new_tokens"), setting("max_length")
+        if room < (new or 1):
+            wanted = "an answer" if new is None else f"max_new_tokens={new}"
             raise ValueError(
-                f"A prompt of {prompt_length} tokens and max_new_tokens={max_new_tokens} exceed seq_length={limit}. "
+                f"A prompt of {prompt_length} tokens and {wanted} exceed seq_length={limit}. "
                 "Shorten the prompt" + (f" or lower max_new_tokens to {room}." if room > 0 else ".")
             )
-
-    # Generation
+        if new is not None:
+            if new < 1:
+                raise ValueError(f"max_new_tokens={new} leaves no token for an answer: give 1 or more.")
+            return {}
+        if longest not in (None, 20):  # transformers' default, which some releases count from the end of the prompt
+            return {"max_length": limit} if longest > limit else {}
+        return {"max_new_tokens": room} if room < 20 else {}
 
     def stream_generate(
         self,
@@ -317,10 +405,8 @@ class ChatMixin:
         `return_past_key_values` it yields (ids, cache).
 
         Raises:
-            ValueError: prompt and `max_new_tokens` exceed `seq_length`, or beam search, which cannot be streamed.
+            ValueError: as for `generate`, or beam search, which cannot be streamed.
         """
-        new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
-        self._check_room(input_ids.shape[1], new or 0)
         cache = take_cache(kwargs)
         if return_past_key_values and cache is None:
             cache = DynamicCache()

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from chatglm2.generation_chatglm import ScoreCheck
 from options import load_or_exit, model_parser
 
 LETTERS = "ABCD"
@@ -160,6 +161,7 @@ class Judge:
         for start in range(0, len(prompts), self.batch_size):
             inputs = self.inputs(prompts[start : start + self.batch_size])
             logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()  # (B, V)
+            logits = ScoreCheck(self.model)(None, logits)
             scores = logits[:, self.letter_ids].logsumexp(dim=-1)  # (B, 4)
             letters += [LETTERS[i] for i in scores.argmax(dim=-1).tolist()]
         return letters
