@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import copy
 import math
 import queue
 import threading
@@ -327,7 +328,9 @@ class ChatMixin:
         if settings.get("stop_strings") or getattr(given, "stop_strings", None):
             settings["tokenizer"] = tokenizer
         new = given.max_new_tokens if kwargs.get("max_new_tokens") is None else kwargs["max_new_tokens"]
-        if new is None and "generation_config" not in kwargs:
+        if new is not None:
+            self._check_room(prompt_length, new)
+        elif "generation_config" not in kwargs:
             limit = self.config.seq_length
             settings["max_length"] = limit if max_length is None else min(max_length, limit)
             if prompt_length >= settings["max_length"]:
@@ -345,14 +348,14 @@ class ChatMixin:
         """As in transformers, but never beyond `seq_length`: there, the answer ends as at max_length.
 
         Raises:
-            ValueError: prompt and `max_new_tokens` exceed `seq_length`, or all scores are nan; and what transformers
-                raises.
+            ValueError: prompt and the argument max_new_tokens exceed `seq_length`, or all scores are nan; and what
+                transformers raises. A max_new_tokens of a generation_config is a limit: servers and pipelines set it.
         """
         if GENERATING.get():  # an assistant's drafts are checked by the model that asks for them
             return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
         prompts = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
         length = next((prompt.shape[1] for prompt in prompts if prompt is not None), 0)
-        kwargs.update(self._limits(length, generation_config, kwargs))
+        generation_config = self._within_seq_length(length, generation_config, kwargs)
         processors = LogitsProcessorList(logits_processor or [])
         check = next((processor for processor in processors if isinstance(processor, ScoreCheck)), None)
         if check is None:
@@ -366,28 +369,37 @@ class ChatMixin:
         check.report()
         return output
 
-    def _limits(self, prompt_length, generation_config, kwargs):
-        """What has to change in the arguments of `generate` so that it stays within `seq_length`."""
-        limit, room = self.config.seq_length, self.config.seq_length - prompt_length
+    def _within_seq_length(self, prompt_length, generation_config, kwargs):
+        """Lower the limits in `kwargs`, or in the copy of generation_config that is returned, to `seq_length`."""
+        given, room = generation_config or self.generation_config, self.config.seq_length - prompt_length
+        asked = kwargs.get("max_new_tokens")
+        self._check_room(prompt_length, 1 if asked is None else asked)
+        new = given.max_new_tokens if asked is None else asked
+        longest = given.max_length if kwargs.get("max_length") is None else kwargs["max_length"]
+        if new is None and longest in (None, 20):  # transformers' default, in some releases behind the prompt
+            new = 20
+        if new is not None:
+            changes = {"max_new_tokens": room} if new > room else {}
+        else:
+            changes = {"max_length": self.config.seq_length} if longest > self.config.seq_length else {}
+        if changes and generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**changes)
+            kwargs.pop(*changes, None)
+        else:
+            kwargs.update(changes)
+        return generation_config
 
-        def setting(name):
-            given = getattr(generation_config or self.generation_config, name, None)
-            return given if kwargs.get(name) is None else kwargs[name]
-
-        new, longest = setting("max_new_tokens"), setting("max_length")
-        if room < (new or 1):
-            wanted = "an answer" if new is None else f"max_new_tokens={new}"
+    def _check_room(self, prompt_length, max_new_tokens):
+        limit = self.config.seq_length
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no token for an answer: give 1 or more.")
+        if prompt_length + max_new_tokens > limit:
+            room = limit - prompt_length
             raise ValueError(
-                f"A prompt of {prompt_length} tokens and {wanted} exceed seq_length={limit}. "
+                f"A prompt of {prompt_length} tokens and max_new_tokens={max_new_tokens} exceed seq_length={limit}. "
                 "Shorten the prompt" + (f" or lower max_new_tokens to {room}." if room > 0 else ".")
             )
-        if new is not None:
-            if new < 1:
-                raise ValueError(f"max_new_tokens={new} leaves no token for an answer: give 1 or more.")
-            return {}
-        if longest not in (None, 20):  # transformers' default, which some releases count from the end of the prompt
-            return {"max_length": limit} if longest > limit else {}
-        return {"max_new_tokens": room} if room < 20 else {}
 
     def stream_generate(
         self,
@@ -405,8 +417,11 @@ class ChatMixin:
         `return_past_key_values` it yields (ids, cache).
 
         Raises:
-            ValueError: as for `generate`, or beam search, which cannot be streamed.
+            ValueError: prompt and `max_new_tokens` exceed `seq_length`; beam search, which cannot be streamed; and as
+                `generate`.
         """
+        new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
+        self._check_room(input_ids.shape[1], new or 1)
         cache = take_cache(kwargs)
         if return_past_key_values and cache is None:
             cache = DynamicCache()

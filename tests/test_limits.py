@@ -21,22 +21,27 @@ def model(make_model):
 
 
 @pytest.mark.parametrize("name", ["inputs", "input_ids", "inputs_embeds"])
-@pytest.mark.parametrize("where", ["argument", "generation_config", "the model's own"])
-def test_more_new_tokens_than_fit_are_rejected_before_the_work(model, name, where):
+def test_more_new_tokens_than_fit_are_rejected_before_the_work(model, name):
     ids = some_ids(2, 30)
     prompt = {name: model.get_input_embeddings()(ids) if name == "inputs_embeds" else ids}
-    options = {"do_sample": False}
-    if where == "argument":
-        options["max_new_tokens"] = 11
-    elif where == "generation_config":
-        options["generation_config"] = GenerationConfig(max_new_tokens=11)
-    else:
-        model.generation_config.max_new_tokens = 11
     model.transformer.register_forward_hook(lambda *_: pytest.fail("the model was run"))
     with pytest.raises(ValueError, match="30 tokens and max_new_tokens=11 exceed seq_length=40.* to 10"):
-        model.generate(**prompt, **options)
-    with pytest.raises(ValueError, match="40 tokens and .* exceed seq_length=40. Shorten the prompt."):
+        model.generate(**prompt, max_new_tokens=11)
+    with pytest.raises(ValueError, match="40 tokens and max_new_tokens=1 exceed seq_length=40. Shorten the prompt."):
         model.generate(some_ids(1, 40), max_length=100)
+
+
+@pytest.mark.parametrize("limits", [{"max_new_tokens": 1024}, {"max_length": 10_000}], ids=str)
+@pytest.mark.parametrize("whose", ["the caller's", "the model's"])
+def test_limits_of_a_generation_config_end_at_seq_length(model, limits, whose):
+    """Servers and pipelines set their default there, whatever the prompt; it is not modified."""
+    settings, given = GenerationConfig(do_sample=False, **limits), {}
+    if whose == "the model's":
+        model.generation_config = settings
+    else:
+        given["generation_config"] = settings
+    assert model.generate(some_ids(2, 30), **given).shape == (2, 40)
+    assert {name: getattr(settings, name) for name in limits} == limits
 
 
 def test_what_fits_exactly_is_generated(model):
@@ -45,11 +50,9 @@ def test_what_fits_exactly_is_generated(model):
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_larger_max_length_ends_at_seq_length(model, num_beams):
-    """max_length is a limit, of which seq_length is a lower one; max_new_tokens asks for tokens."""
+    """max_length is a limit, and seq_length a lower one; max_new_tokens asks for tokens."""
     ids = some_ids(2, 30)
     assert model.generate(ids, max_length=10_000, num_beams=num_beams, do_sample=False).shape == (2, 40)
-    settings = GenerationConfig(max_length=10_000, do_sample=False)
-    assert model.generate(ids, generation_config=settings).shape == (2, 40)
     assert model.generate(ids, max_length=35, do_sample=False).shape == (2, 35)
     assert model.generate(ids, do_sample=False).shape == (2, 40)  # transformers' default would give 20 tokens more
     *_, last = model.stream_generate(ids, max_length=10_000, do_sample=False)
