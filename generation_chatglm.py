@@ -151,7 +151,7 @@ class InvalidScoreLogitsProcessor(ScoreCheck):
 def nan_scores_error(model):
     """The error if a step has no score that is a number, with the weights that are at fault."""
     if model is None:
-        return ValueError("The model's scores are all nan: weights are damaged, or values left the range of their dtype.")
+        return ValueError("The model's scores are all nan: weights are damaged, or values overflowed.")
     damaged = [
         name
         for name, weight in model.named_parameters()
