@@ -35,6 +35,7 @@ from .transformers_compat import (
 )
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
+    from .c_library import load  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401

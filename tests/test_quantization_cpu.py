@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chatglm2 import quantization_cpu
+from chatglm2 import c_library, quantization_cpu
 from chatglm2.quantization import QuantizedLinear
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,6 +121,6 @@ def test_cache_writable_by_others_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "chatglm2").mkdir()
     (tmp_path / "chatglm2").chmod(0o777)
-    folder = quantization_cpu.cache_folder()
+    folder = c_library.cache_folder()
     assert not folder.startswith(str(tmp_path / "chatglm2"))
     os.rmdir(folder)
