@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .configuration_chatglm import ChatGLMConfig
 from .quantization import quantize
-from .quantization_loading import missing_quantized_weights_error  # importing it registers quant_method "chatglm"
+from .quantization_loading import lay_out, missing_quantized_weights_error  # this registers quant_method "chatglm"
 from .transformers_compat import ModelFallbacks
 
 
@@ -79,6 +79,7 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         if unscaled:  # float weights, which most releases of transformers have truncated to int8
             raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
         model.base_model.freeze_all_but_prefix()  # loading may have replaced parameters
+        lay_out(model)
         return (model, report) if output_loading_info else model
 
     def quantize(self, bits, **options):

@@ -29,6 +29,13 @@ else:  # delete with torch 2.4
         return (weight * wide).to(x.dtype)
 
 
+def has_accelerator():
+    """Whether there is a device to which a model is likely to be moved after loading."""
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available()  # delete with torch 2.6
+
+
 def needs_dispatch(x):
     """Whether an op on x must go through torch's dispatcher.
 
