@@ -17,6 +17,7 @@ from .c_library import load
 from .quantization_cpu_source import WIDEST, source
 from .quantization_format import Family, Layout, check_finite, check_shape, quantize_weight, without_overflow
 from .quantization_stock import linear as stock_linear
+from .torch_compat import needs_dispatch
 
 ROWS, GROUP = 32, 128  # a block of the layout: output rows, inputs
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -79,17 +80,17 @@ def to_layout(weight: Tensor, bits: int) -> Tensor:
     (out, columns), weight = weight.shape, weight.contiguous()
     shape = layout_shape(out, columns * 8 // bits, bits)
     layout = _on_large_pages(shape[0] * shape[1] * shape[2]).view(shape)
-    _call("lay_out", weight, layout, out, columns, bits, False)
+    _call("lay_out", weight, layout, out, columns, bits, False, torch.get_num_threads())
     return layout
 
 
 def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
     """The inverse of `to_layout`."""
-    if layout.device.type != "cpu":
+    if layout.device.type != "cpu" or needs_dispatch(layout.detach()):  # for example, a compiled backward
         return from_layout_reference(layout, out_features, in_features, bits)
     shape = out_features, in_features * bits // 8
     packed = _on_large_pages(shape[0] * shape[1]).view(shape)
-    _call("lay_out", packed, layout.contiguous(), *shape, bits, True)
+    _call("lay_out", packed, layout.contiguous(), *shape, bits, True, torch.get_num_threads())
     return packed
 
 
@@ -126,7 +127,8 @@ def quantize(weight: Tensor, bits: int, group_size: Optional[int]) -> Tuple[Tens
     groups = (out,) if group_size is None else (out, columns // group_size)
     packed = _on_large_pages(out * columns * bits // 8).view(out, columns * bits // 8)
     scale = torch.empty(groups, dtype=weight.dtype, device="cpu")
-    _call("quantize", weight, packed, scale, scale.numel(), group_size or columns, bits, TYPES[weight.dtype])
+    options = group_size or columns, bits, TYPES[weight.dtype], torch.get_num_threads()
+    _call("quantize", weight, packed, scale, scale.numel(), *options)
     check_finite(scale)
     return packed, scale
 
