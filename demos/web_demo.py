@@ -13,12 +13,14 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-import gradio as gr
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from chatglm2.tokenization_chatglm import check_unicode
-from checkpoints import TINY
-from options import chat_parser, load_or_exit
+from starting import importing
+
+with importing():
+    import gradio as gr
+    from chatglm2.tokenization_chatglm import check_unicode
+    from checkpoints import TINY, held_in
+    from options import chat_parser, load_or_exit
 
 LABELS = gr.I18n(
     en={
@@ -176,7 +178,9 @@ def build(model, tokenizer, args):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    page = build(*load_or_exit(args), args)
+    model, tokenizer = load_or_exit(args)
+    print(f"{args.model}: {held_in(model)}, on {model.device}.", flush=True)
+    page = build(model, tokenizer, args)
     page.launch(
         server_name=args.host,
         server_port=args.port,
