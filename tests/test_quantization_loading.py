@@ -162,6 +162,8 @@ def test_a_weight_that_was_laid_out_is_unmapped(tmp_path):
     """Its pages leave the process, but not the file cache. Memory that is no file keeps its values."""
     values, file = torch.arange(1 << 20, dtype=torch.int32), tmp_path / "weights"
     file.write_bytes(values.numpy().tobytes())
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())  # a page that is still to be written could not leave the cache
     mapped, other = torch.from_file(str(file), False, len(values), dtype=torch.int32), values.clone()
     mapped.sum()
     before = resident("RssFile")
