@@ -76,7 +76,7 @@ def random_filler(bits=0):
     def fill(name, tensor):
         flat = tensor.view(-1)
         if name.endswith("weight_scale"):
-            flat.fill_(0.06 / (127 if bits == 8 else 7))
+            flat.fill_(0.02 / (127 if bits == 8 else 7))
         elif "norm" in name:
             flat.fill_(1)
         else:
