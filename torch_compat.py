@@ -37,6 +37,13 @@ def load_without_data(path):
     return torch.load(path, map_location="meta", weights_only=True, **lazy)
 
 
+def has_accelerator():
+    """Whether there is a device to which a model is likely to be moved after loading."""
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available()  # delete with torch 2.6
+
+
 def needs_dispatch(x):
     """Whether an op on x must go through torch's dispatcher.
 

@@ -5,11 +5,15 @@ Its length, and whether an MLP makes it, are read from the shapes of its tensors
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.quantization import QuantizedLinear, choose
+from chatglm2.quantization_cpu import load_library
+from chatglm2.quantization_loading import lay_out
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from chatglm2.transformers_compat import VERSION
 from safetensors.torch import load_file
@@ -52,6 +56,7 @@ def load_model(folder, dtype, bits=0, checkpoint=None, **config_changes):
     model = ChatGLMForConditionalGeneration.from_pretrained(folder, config=config, torch_dtype=dtype, **options)
     if not early:
         model.quantize(bits)
+        lay_out(model)
     if prefix:
         model.transformer.prefix_encoder.load_state_dict(prefix)
     if adapter:
@@ -59,6 +64,37 @@ def load_model(folder, dtype, bits=0, checkpoint=None, **config_changes):
 
         return PeftModel.from_pretrained(model, checkpoint)
     return model
+
+
+def held_in(model):
+    """What the weights are held in and who multiplies by them: "int4 (AVX512-VNNI kernels), float16 elsewhere"."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    dtype = str(model.dtype).replace("torch.", "")
+    if not layers:
+        return dtype
+    kinds = dict.fromkeys((layer.bits, choose(layer.backend, layer.weight.device)) for layer in layers)
+    return ", ".join([*(f"int{bits} ({kernels(name)})" for bits, name in kinds), f"{dtype} elsewhere"])
+
+
+def kernels(name):
+    """The kernel family `name` in words."""
+    if name == "cpu":
+        return {"avx512": "AVX512-VNNI kernels", "avx2": "AVX2 kernels"}[load_library()[0].instructions]
+    others = {"triton": "Triton kernels", "cpm": "CUDA C kernels", "stock": "torch's own operators"}
+    return others.get(name, "plain torch")
+
+
+def save(model, tokenizer, folder):
+    """Write weights, tokenizer and code to `folder`, which then needs nothing else. It is there once it is whole."""
+    partial = Path(f"{folder}.partial")
+    size = sum(tensor.nbytes for tensor in model.parameters())
+    if sys.stderr.isatty():
+        print(f"Saving {size / 1e9:.1f} GB to {folder} ...", file=sys.stderr)
+    include_code(model, tokenizer)
+    model.save_pretrained(partial, max_shard_size="1GB")
+    tokenizer.save_pretrained(partial)
+    partial.replace(folder)
+    lay_out(model)  # saving has put the released packing back
 
 
 def include_code(model, tokenizer):

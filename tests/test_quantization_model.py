@@ -119,7 +119,7 @@ def test_errors_are_found_before_the_first_layer_is_quantized(make_model, option
 def test_each_layer_is_rounded_once(make_model, monkeypatch):
     rounded = []
     monkeypatch.setattr(
-        quantization, "quantize_weight", lambda weight, *rest: rounded.append(1) or quantize_weight(weight, *rest)
+        quantization, "round_weight", lambda weight, *rest: rounded.append(1) or quantize_weight(weight, *rest)
     )
     make_model().quantize(4, embedding=True, output_layer=True)
     assert len(rounded) == 12 + 2
