@@ -35,6 +35,8 @@ from .transformers_compat import (
 )
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
+    from .attention_cpu import supports  # noqa: F401
+    from .attention_cpu_source import source as attention_source  # noqa: F401
     from .c_library import load  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
@@ -319,7 +321,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 x,
                 rotary,
                 mask,
-                choose_attention(config, is_paged(cache)),
+                choose_attention(config, x, mask, is_paged(cache), self.training),
                 cache=cache,
                 cache_kwargs=update_kwargs,
                 prefix=prefix,
