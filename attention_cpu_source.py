@@ -113,9 +113,9 @@ typedef struct {  // keys and values as floats, [TILE][stride], or where the val
 } tile_of_keys;
 
 /* One tile for one panel of query rows: online softmax. q: [size][lanes]; o: [lanes][stride]. */
-INLINE void tile_step(const tile_of_keys *tile, long n, long stride, int width, const float *q, float *o, float *largest,
-                      float *total, const shape *s, const uint8_t *mask, long first_row, long rows, long from,
-                      int state) {
+INLINE void tile_step(const tile_of_keys *tile, long n, long stride, int width, const float *q, float *o,
+                      float *largest, float *total, const shape *s, const uint8_t *mask, long first_row, long rows,
+                      long from, int state) {
   const int lanes = width * LANES, unroll = LANES == 16 ? MOST / width : 8 / width;
   const long size = s->size, group = s->heads / s->groups;
   float *p = tile->scores, correction[2 * LANES];
@@ -201,8 +201,8 @@ INLINE void stretch_of(const char *q, const char *k, const char *v, const uint8_
   }
 }
 
-typedef void (*kernel)(const char *, const char *, const char *, const uint8_t *, float, const shape *, long, long, long,
-                       long, long, float *);
+typedef void (*kernel)(const char *, const char *, const char *, const uint8_t *, float, const shape *, long, long,
+                       long, long, long, float *);
 #define KERNEL(WIDTH, STRIDE) static void kernel_##WIDTH##_##STRIDE(const char *q, const char *k, const char *v, \
     const uint8_t *mask, float scale, const shape *s, long g, long first_row, long rows, long from, long to, \
     float *state) { \
