@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .c_library import load
 from .quantization_cpu_source import WIDEST, source
-from .quantization_format import Family, Layout
+from .quantization_format import Family, Layout, without_overflow
 from .quantization_stock import linear as stock_linear
 
 ROWS, GROUP = 32, 128  # a block of the layout: output rows, inputs
@@ -23,7 +23,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ADDRESS, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 FUNCTIONS = {  # of the C library, with their arguments
     "linear": [ADDRESS] * 6 + [LONG] * 5 + [INT] * 4,
-    "linear_float32": [ADDRESS] * 5 + [LONG] * 4 + [INT] * 3,
+    "linear_float32": [ADDRESS] * 6 + [LONG] * 4 + [INT] * 3,
 }
 
 
@@ -108,25 +108,34 @@ def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
     """x [N, in] -> [N, out], with the weight in the layout."""
+    product = _without_overflow if x.dtype == torch.float32 else _linear  # half precision is scaled before it is summed
+    return product(x, weight, weight_scale, bias, bits)
+
+
+def _linear(x, weight, weight_scale, bias, bits):
     (n, k), out = x.shape, weight_scale.shape[0]
     groups, group_size = (1, None) if weight_scale.dim() == 1 else (weight_scale.shape[1], k // weight_scale.shape[1])
     weight_scale, y = weight_scale.contiguous(), x.new_empty(n, out)
     bias = None if bias is None else bias.to(weight_scale.dtype).contiguous()
+    threads = torch.get_num_threads()
+    tables, types = threads * groups * ROWS * 4, (TYPES[x.dtype], TYPES[weight_scale.dtype], threads)  # bytes of scales
     if x.dtype == torch.float32:
         x = F.pad(x, (0, -k % GROUP, 0, -n % 8 if n > 2 else 0)).contiguous()
-        _call("linear_float32", x, y, weight, weight_scale, bias, n, k, out, groups, bits, TYPES[weight_scale.dtype])
+        scratch = torch.empty(tables, dtype=torch.int8, device="cpu")
+        _call("linear_float32", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, bits, *types[1:])
         return y
     group, width = min(group_size or GROUP, GROUP), _padded(k, GROUP)
-    scratch = torch.empty((n + WIDEST) * (width + 8 * (width // group)), dtype=torch.int8, device="cpu")
-    types = TYPES[x.dtype], TYPES[weight_scale.dtype]
+    scratch = torch.empty(tables + (n + WIDEST) * (width + 8 * (width // group)), dtype=torch.int8, device="cpu")
     _call("linear", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, group, bits, *types)
     return y
 
 
+_without_overflow = without_overflow(_linear)
+
+
 def _call(name, *arguments):
-    """Call a function of the C library with the tensors' addresses and, last, the number of threads."""
-    arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    getattr(load_library()[0], name)(*arguments, torch.get_num_threads())
+    """Call a function of the C library with the tensors' addresses."""
+    getattr(load_library()[0], name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 # A weight in the released packing uses torch's operators: converting it for a single call would take longer.

@@ -146,6 +146,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Split `text` into pieces. Tokens added by the user are kept whole; built-in special tokens are plain text."""
         if pair is not None or add_special_tokens:
             raise ValueError("tokenize() takes one text and adds no special tokens; call the tokenizer itself for ids.")
+        check_unicode(text, "the text")
         added = self._user_added_vocab()
         if not added:
             return self._tokenize(text)
@@ -244,6 +245,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def build_round(self, number, query, response=None):
         """One round of the prompt, numbered from 1; it ends with 答： if `response` is None."""
+        check_unicode(f"{query}", f"the query of round {number}")
+        check_unicode(f"{response}", f"the response of round {number}")
         return f"[Round {number}]\n\n问：{query}\n\n答：" + ("" if response is None else f"{response}\n\n")
 
     def apply_chat_template(
@@ -290,6 +293,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         with open(path, "wb") as f:
             f.write(self.tokenizer.sp_model.serialized_model_proto())
         return (path,)
+
+
+def check_unicode(text, what):
+    """Raise ValueError if `text` holds half of a surrogate pair, which JSON can spell ("\\ud800") but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        i = error.start
+        before = text[max(i - 20, 0) : i]
+        raise ValueError(
+            f"{what} cannot be encoded in UTF-8: character {i} is {text[i]!r}, half of a surrogate pair, after "
+            f"{before!r}. Remove it."
+        ) from None
 
 
 def rust_decoder(vocab, special_tokens):

@@ -16,6 +16,7 @@ from pathlib import Path
 import gradio as gr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from chatglm2.tokenization_chatglm import check_unicode
 from checkpoints import TINY
 from options import chat_parser, load_or_exit
 
@@ -64,6 +65,15 @@ def message(role, text):
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
+def question(text):
+    """The user's message; what the page cannot send back is refused here."""
+    try:
+        check_unicode(text, "the message")
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    return message("user", text)
+
+
 def text_of(message):
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
@@ -80,7 +90,7 @@ def build(model, tokenizer, args):
     def ask(query, messages):
         if not query.strip():
             raise gr.Error("Type a message first. / 请先输入消息。", print_exception=False)
-        return [*messages, message("user", query)], *busy()
+        return [*messages, question(query)], *busy()
 
     def ask_again(messages):
         while messages[-1]["role"] == "assistant":
@@ -88,7 +98,7 @@ def build(model, tokenizer, args):
         return messages, *busy()
 
     def edit(messages, edited: gr.EditData):
-        return [*messages[: edited.index], message("user", edited.value)], *busy()
+        return [*messages[: edited.index], question(edited.value)], *busy()
 
     def answer(messages, temperature, top_p, max_new_tokens):
         *before, question = messages

@@ -19,6 +19,7 @@ from train import (
     DataArguments,
     StopAtNonFiniteLoss,
     UseCacheOnSave,
+    WholeCheckpoints,
     begin,
     load_for_full_training,
     parse,
@@ -32,7 +33,7 @@ from checkpoints import load_model
 ARGUMENTS = (ModelConfig, DataArguments, SFTConfig)
 
 
-class DialogueTrainer(UseCacheOnSave, SFTTrainer):
+class DialogueTrainer(UseCacheOnSave, WholeCheckpoints, SFTTrainer):
     """SFTTrainer that writes the config.json of train.py's full method."""
 
 

@@ -303,7 +303,7 @@ def test_a_merged_adapter_is_a_plain_model(dialogue, tmp_path, tokenizer):
         (["--method", "lora", "--quantization_bit", "5"], "--quantization_bit 5: give 4 or 8"),
         (["--prompt_column", "prompt"], "give prompt_column and response_column"),
         (["--max_source_length", "2"], "max_source_length=2, .*give at least 3"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "true"], "holds no whole checkpoint; leave it out"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is not a directory"),
         (["--model_name_or_path", "nowhere"], "nowhere is not a directory"),
     ],

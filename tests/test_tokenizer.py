@@ -177,6 +177,27 @@ def test_missing_and_broken_model_files_are_named(tmp_path):
         ChatGLMTokenizer(str(cut))
 
 
+def test_half_a_surrogate_pair_is_named(tokenizer, tiny_model):
+    r"""JSON can spell "\ud800", so it comes from pages, servers and files; SentencePiece would dump its types."""
+    bad = "你好\ud800!"
+    named = r" cannot be encoded in UTF-8: character 2 is '\\ud800', half of a surrogate pair, after '你好'"
+    for call in (tokenizer, tokenizer.tokenize, tokenizer.encode, lambda text: tokenizer(["a", text], padding=True)):
+        with pytest.raises(ValueError, match=f"^the text{named}"):
+            call(bad)
+    for history, query, what in (([], bad, "query of round 1"), ([("a", bad)], "b", "response of round 1")):
+        with pytest.raises(ValueError, match=f"^the {what}{named}"):
+            tiny_model.chat(tokenizer, query, history)
+        with pytest.raises(ValueError, match=f"^the {what}{named}"):
+            next(tiny_model.stream_chat(tokenizer, query, history))
+    assert tokenizer.decode(tokenizer.encode("😀")) == "😀"  # both halves
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
+def test_half_a_surrogate_pair_is_named_in_the_template(tokenizer):
+    with pytest.raises(ValueError, match=r"character 15 is '\\ud800', .* after '\[Round 1\].*你好'"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "你好\ud800"}])
+
+
 # The prompt
 
 

@@ -395,6 +395,19 @@ def test_users_do_not_mix(serve, concurrency):
     assert switches == 3 if concurrency == 1 else switches > 6
 
 
+def test_half_a_surrogate_pair_is_refused(tiny_model, tokenizer):
+    """JavaScript's strings may hold one. The page could not be sent back with it, and would wait for ever."""
+    import gradio
+    import web_demo
+
+    page = web_demo.build(tiny_model, tokenizer, web_demo.parse_arguments([]))
+    ask, edit = (next(f.fn for f in page.fns.values() if f.name == name) for name in ("ask", "edit"))
+    for call in (lambda: ask("你好\ud800", []), lambda: edit([], SimpleNamespace(index=0, value="你好\ud800"))):
+        with pytest.raises(gradio.Error) as refused:
+            call()
+        assert "the message cannot be encoded in UTF-8: character 2 is '\\ud800'" in refused.value.message
+
+
 def test_zero_users_are_rejected(serve, capsys):
     """--concurrency 0 would leave every question in the queue."""
     with pytest.raises(SystemExit):
