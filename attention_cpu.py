@@ -12,13 +12,13 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from .attention_cpu_source import source
+from .attention_cpu_source import TILE, source
 from .c_library import load
 from .torch_compat import needs_dispatch
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FUNCTIONS = {"attention": [ctypes.c_void_p] * 6 + [ctypes.c_float, ctypes.c_void_p]}
-MOST_THREADS, STRETCH = 64, 512  # stretches of a long context: enough for so many threads, each of so many keys
+MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
 
 
 @functools.lru_cache(None)
@@ -63,20 +63,22 @@ def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, i
         strides += [attention_mask.stride(0), attention_mask.stride(2)]
     else:
         strides += [0, 0]
-    rows, stride = T * (H // G), 128 if D <= 128 else 256
+    rows, stride, threads = T * (H // G), 128 if D <= 128 else 256, torch.get_num_threads()
     stretches = min(-(-MOST_THREADS // (B * G * -(-rows // 64))), -(-S // STRETCH))
-    padded = -(-rows // 128) * 128 if rows > 64 else -(-rows // 32) * 32
-    states = torch.empty(B * G * stretches * padded * (stride + 2) if stretches > 1 else 0, dtype=torch.float32)
+    rows = -(-rows // 128) * 128 if rows > 64 else -(-rows // 32) * 32  # padded to whole blocks
+    scratch = stride * (2 * min(rows, 128) + 2 * TILE) + 32 * TILE + 256  # floats for each thread
+    states = B * G * stretches * rows * (stride + 2) if stretches > 1 else 0
+    buffer = torch.empty(threads * scratch + states, dtype=torch.float32, device="cpu")
     output = query.new_empty(B, T, H, D)
     types = (TYPES[t.dtype] for t in (query, key, value))
-    shape = (B, T, S, H, G, D, *strides, *types, causal, stretches, torch.get_num_threads())
+    shape = (B, T, S, H, G, D, *strides, *types, causal, stretches, threads, scratch)
     load_library()[0].attention(
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
         None if attention_mask is None else attention_mask.data_ptr(),
         output.data_ptr(),
-        states.data_ptr(),
+        buffer.data_ptr(),
         scaling * math.log2(math.e),
         (ctypes.c_long * len(shape))(*shape),
     )

@@ -11,8 +11,10 @@ and its output, and one combine joins them.
 
 from .quantization_cpu_source import HEAD
 
+TILE = 64  # keys that are widened at a time
+
 BODY = r"""
-enum { TILE = 64, PANELS = 4 };  // keys in a tile; panels of 1 or 2 vectors of query rows that share it
+enum { PANELS = 4 };  // of 1 or 2 vectors of query rows, which share a tile of keys
 enum { MOST = 16 };  // rows of a product whose sums are in registers
 enum { NONE, SOME, ALL };
 #define INLINE static inline __attribute__((always_inline))
@@ -22,8 +24,10 @@ static const float LOWEST = -3.4028235e38f;
 typedef struct {  // strides are in bytes
   long batch, tokens, keys, heads, groups, size;
   long q_batch, q_head, q_token, k_batch, k_group, k_token, v_batch, v_group, v_token, mask_batch, mask_token;
-  long q_type, k_type, v_type, causal, stretches, threads;
+  long q_type, k_type, v_type, causal, stretches, threads, scratch;
 } shape;
+
+int omp_get_thread_num(void);
 
 /* Lane by lane; b where either is nan. */
 INLINE floats larger(floats a, floats b) {
@@ -157,16 +161,17 @@ INLINE void tile_step(const tile_of_keys *tile, long n, long stride, int width, 
 }
 
 /* The softmax of a block of query rows over the keys of one stretch. state: output [panels * lanes][stride], then
-   largest and total [panels * lanes]. */
+   largest and total [panels * lanes]. scratch: the query [panels * lanes][stride], a tile's keys and values
+   [TILE][stride] and scores [TILE][lanes]. */
 INLINE void stretch_of(const char *q, const char *k, const char *v, const uint8_t *mask, float scale, const shape *s,
-                       long g, long first_row, long rows, long from, long to, int width, long stride, float *state) {
+                       long g, long first_row, long rows, long from, long to, int width, long stride, float *state,
+                       float *scratch) {
   const long lanes = width * LANES, panels = (rows + lanes - 1) / lanes, group = s->heads / s->groups;
   const int direct = LANES == 16 && width == 1 && s->size % 16 == 0;
   float *largest = state + panels * lanes * stride, *total = largest + panels * lanes;
-  float query[panels * lanes * stride] __attribute__((aligned(64)));
-  float keys[TILE * stride] __attribute__((aligned(64))), values[TILE * stride] __attribute__((aligned(64)));
-  float scores[TILE * lanes] __attribute__((aligned(64)));
-  memset(query, 0, sizeof query);
+  float *query = scratch, *keys = query + panels * lanes * stride, *values = keys + TILE * stride;
+  float *scores = values + TILE * stride;
+  memset(query, 0, panels * lanes * stride * sizeof *query);
   memset(state, 0, panels * lanes * stride * sizeof *state);
   for (long r = 0; r < panels * lanes; r++) {
     largest[r] = LOWEST;
@@ -202,11 +207,11 @@ INLINE void stretch_of(const char *q, const char *k, const char *v, const uint8_
 }
 
 typedef void (*kernel)(const char *, const char *, const char *, const uint8_t *, float, const shape *, long, long,
-                       long, long, long, float *);
+                       long, long, long, float *, float *);
 #define KERNEL(WIDTH, STRIDE) static void kernel_##WIDTH##_##STRIDE(const char *q, const char *k, const char *v, \
     const uint8_t *mask, float scale, const shape *s, long g, long first_row, long rows, long from, long to, \
-    float *state) { \
-  stretch_of(q, k, v, mask, scale, s, g, first_row, rows, from, to, WIDTH, STRIDE, state); \
+    float *state, float *scratch) { \
+  stretch_of(q, k, v, mask, scale, s, g, first_row, rows, from, to, WIDTH, STRIDE, state, scratch); \
 }
 KERNEL(1, 128) KERNEL(2, 128) KERNEL(1, 256) KERNEL(2, 256)
 
@@ -233,8 +238,8 @@ static void finish(const float *state, long stretches, long state_size, char *ou
 }
 
 /* out [B, T, H, D] = softmax(q k^T scale) v, for q [B, H, T, D] and k, v [B, G, S, D]. scale includes log2(e); mask:
-   bytes [B, T, S], or none. */
-void attention(const char *q, const char *k, const char *v, const uint8_t *mask, char *out, float *states, float scale,
+   bytes [B, T, S], or none. scratch: for each thread s->scratch floats, then a state for each block and stretch. */
+void attention(const char *q, const char *k, const char *v, const uint8_t *mask, char *out, float *scratch, float scale,
                const shape *s) {
   const long group = s->heads / s->groups, all_rows = s->tokens * group, pairs = s->batch * s->groups;
   const int width = all_rows > LANES ? 2 : 1;
@@ -245,9 +250,10 @@ void attention(const char *q, const char *k, const char *v, const uint8_t *mask,
   const long length = ((s->keys + stretches - 1) / stretches + TILE - 1) / TILE * TILE;
   const long state_size = min(PANELS, (all_rows + lanes - 1) / lanes) * lanes * (stride + 2);
   const long out_batch = s->tokens * s->heads * s->size * size_of(s->q_type);
+  float *states = scratch + s->threads * s->scratch;
   #pragma omp parallel num_threads(s->threads)
   {
-    float own[state_size] __attribute__((aligned(64)));
+    float *own = scratch + omp_get_thread_num() * s->scratch;
     #pragma omp for schedule(dynamic)
     for (long item = 0; item < units * stretches; item++) {
       const long i = item % stretches, unit = item / stretches, b = unit % pairs / s->groups, g = unit % s->groups;
@@ -257,7 +263,8 @@ void attention(const char *q, const char *k, const char *v, const uint8_t *mask,
       long to = min(s->keys, (i + 1) * length);
       if (s->causal) to = min(to, (first + rows - 1) / group + 1);
       compute(q + b * s->q_batch, k + b * s->k_batch + g * s->k_group, v + b * s->v_batch + g * s->v_group,
-              mask ? mask + b * s->mask_batch : 0, scale, s, g, first, rows, i * length, to, state);
+              mask ? mask + b * s->mask_batch : 0, scale, s, g, first, rows, i * length, to, state,
+              own + state_size);
       if (stretches == 1) finish(state, 1, 0, out + b * out_batch, s, g, first, rows, stride, all_lanes);
     }
     #pragma omp for schedule(static)
@@ -274,4 +281,4 @@ void attention(const char *q, const char *k, const char *v, const uint8_t *mask,
 
 def source(instructions: str) -> str:
     """Return the C file; the compiler's options alone tell AVX512 from AVX2."""
-    return HEAD + BODY
+    return f"{HEAD}enum {{ TILE = {TILE} }};\n{BODY}"
