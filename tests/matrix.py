@@ -30,8 +30,18 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "4.30"
 SHARED = ("torch", "numpy", "sentencepiece", "jinja2", "pytest", "hypothesis")
-CORE = ("golden", "configuration", "loading", "checkpoint_files", "pretrained", "model", "attention", "prefix", "cache")
-CORE += ("generation", "streaming", "chat", "original_names", "tokenizer", "tokenizer_surface", "training_template")
+CORE = ("golden", "configuration", "loading", "checkpoint_files", "pretrained", "model", "attention", "prefix")
+CORE += (
+    "attention_cpu",
+    "cache",
+    "generation",
+    "streaming",
+    "chat",
+    "original_names",
+    "tokenizer",
+    "tokenizer_surface",
+    "training_template",
+)
 CORE += ("against_glm", "pipelines", "transformers_compat")
 CORE += ("quantization", "quantization_model", "quantization_loading", "quantization_stock")
 BESIDE = {  # minor -> what pip has to be told, since no package's metadata says it
