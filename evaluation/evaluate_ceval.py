@@ -132,7 +132,7 @@ class Judge:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         spellings = [tokenizer.convert_tokens_to_ids([letter, "▁" + letter]) for letter in LETTERS]
         self.letter_ids = torch.tensor(spellings, device=model.device)  # (4, 2): an answer can start with either
-        if tokenizer.unk_token_id in self.letter_ids:
+        if tokenizer.tokenizer.sp_model.unk_id() in self.letter_ids:
             raise ValueError(f"tokenizer.model has no piece for one of {', '.join(LETTERS)}: {spellings}")
 
     def prompt(self, question, examples=(), reserved=0):
