@@ -123,6 +123,10 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
             raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
         if strict:
             check_names(pretrained_model_name_or_path, model, tensors, report)
+        settings = getattr(model, "generation_config", None)
+        for name in ("eos_token_id", "pad_token_id"):  # generation_config.json hides those of config.json
+            if settings is not None and getattr(settings, name) is None:
+                setattr(settings, name, getattr(model.config, name))
         model.base_model.freeze_all_but_prefix()  # loading may have replaced parameters
         if device is not None:
             model.to(device)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -163,13 +164,23 @@ def test_arguments_are_not_modified(chatty, tokenizer):
     assert history == [["a", "b"]] and len(processors) == 1 and processors[0].calls == 24
 
 
+@pytest.mark.parametrize("ids", [(), (5, 6)], ids=["all", "some"])
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_non_finite_scores_do_not_raise(chatty, tokenizer, fill, do_sample):
-    """If all scores are nan or inf, a token is still chosen, by sampling or greedily."""
-    processors = LogitsProcessorList([Forbid(fill=fill)])
-    response, _ = chatty.chat(tokenizer, "你好", logits_processor=processors, do_sample=do_sample, max_new_tokens=3)
+def test_non_finite_scores_do_not_raise(chatty, tokenizer, fill, do_sample, ids):
+    """A token is still chosen, by sampling or greedily, with one warning of nan and inf; all nan is an error."""
+    processors = LogitsProcessorList([Forbid(ids, fill)])
+    options = {"logits_processor": processors, "do_sample": do_sample, "max_new_tokens": 3}
+    if fill != fill and not ids:
+        with pytest.raises(ValueError, match="scores are all nan: its weights are finite"):
+            chatty.chat(tokenizer, "你好", **options)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        response, _ = chatty.chat(tokenizer, "你好", **options)
     assert isinstance(response, str) and processors[0].calls == 3
+    warned = [str(warning.message) for warning in caught if "nan or inf" in str(warning.message)]
+    assert len(warned) == (0 if fill == -float("inf") else 1)
 
 
 def test_padded_vocabulary_ids_decode_to_nothing(chatty, tokenizer):
@@ -244,6 +255,19 @@ def test_temperature_zero_is_greedy(chatty, tokenizer):
     assert chatty.chat(tokenizer, "你好", temperature=0, max_new_tokens=12) == want
     *_, streamed = chatty.stream_chat(tokenizer, "你好", temperature=0.0, max_new_tokens=12)
     assert streamed == want
+
+
+@pytest.mark.parametrize("limits", [{"max_length": 0}, {"max_length": -5}, {"max_new_tokens": 0}], ids=str)
+def test_no_room_for_an_answer_is_an_error(chatty, tokenizer, limits):
+    """0 is no word for "no limit"; max_length=None is."""
+    message = "max_(length|new_tokens)=.*(give 1 or more|raise max_length)|leaves none for an answer: max_length"
+    with pytest.raises(ValueError, match=message):
+        chatty.chat(tokenizer, "你好", **limits)
+    with pytest.raises(ValueError, match=message):
+        next(chatty.stream_chat(tokenizer, "你好", **limits))
+    steps = chatty.stream_chat(tokenizer, "你好", max_length=None)
+    next(steps)
+    steps.close()
 
 
 @pytest.mark.parametrize(
