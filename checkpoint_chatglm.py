@@ -45,9 +45,9 @@ def read_checkpoint(name, variant=None, use_safetensors=None, **options):
         except (OSError, ValueError):  # transformers will say what is wrong with the name
             return None
 
-    settings = find("generation_config.json")
-    if settings:
-        read_json(settings)
+    for path in map(find, ("config.json", "generation_config.json")):
+        if path is not None:
+            read_json(path)
     files = ["model.safetensors", "model.safetensors.index.json"] if use_safetensors is not False else []
     files += ["pytorch_model.bin", "pytorch_model.bin.index.json"] if not use_safetensors else []
     for file in files:
