@@ -1,7 +1,7 @@
 """What the files of a checkpoint hold, read before the weights are: transformers loads much that cannot be right.
 
 It casts int8 to float16, goes on with random values for what is missing, and reports a damaged file by whichever
-library read it. Only headers are read here: a few milliseconds for 6B.
+library read it. Only headers are read here: under 0.1 s for 203 tensors in seven .bin files, 1 ms in safetensors.
 """
 
 import json
