@@ -40,9 +40,9 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
         else:
             scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, dropout, module.training)
-    output = (weights @ value[:, :, None]).flatten(1, 2)  # (B, H, T, D)
-    return output.transpose(1, 2), weights.flatten(1, 2)
+    weights = F.dropout(weights, dropout, module.training).flatten(1, 2)  # (B, H, T, S)
+    output = (weights.unflatten(1, (value.shape[1], -1)) @ value[:, :, None]).flatten(1, 2)  # (B, H, T, D)
+    return output.transpose(1, 2), weights
 
 
 def sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
@@ -94,12 +94,22 @@ def check_arguments(cache, kwargs):
         raise TypeError(f"forward() got an unexpected keyword argument {', '.join(unknown)}: is it misspelled?")
 
 
-def choose_attention(config, paged=False):
+def choose_attention(config, paged=False, output_attentions=False):
     """Return the attention function for `attn_implementation`.
 
     With the paged cache of continuous batching (`paged`) it always comes from transformers, which can read that cache.
+    With `output_attentions` sdpa is replaced by eager, which takes the same mask.
+
+    Raises:
+        ValueError: `output_attentions` with a function of transformers.
     """
     name = attention_name(config)
+    if output_attentions and (paged or name not in OWN_ATTENTION):
+        raise ValueError(
+            f"output_attentions=True: attn_implementation={name!r} does not compute attention weights"
+            f"{' in continuous batching' if paged else ''}. Load the model with 'sdpa' or 'eager'."
+        )
+    name = "eager" if output_attentions else name
     return (None if paged else OWN_ATTENTION.get(name)) or ALL_ATTENTION_FUNCTIONS[name]
 
 

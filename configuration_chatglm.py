@@ -235,6 +235,10 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
         """G, the number of key/value heads in the cache."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
+    def to_dict(self):
+        """As in transformers, with `num_key_value_heads`, which PEFT's prefix tuning reads there."""
+        return {**super().to_dict(), "num_key_value_heads": self.num_key_value_heads}
+
     def check(self):
         """Raise ValueError for the first value that no model can have."""
         for key in RULES:

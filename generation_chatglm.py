@@ -10,6 +10,7 @@ import warnings
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .attention_chatglm import KEYWORDS, causal_mask
@@ -103,10 +104,18 @@ def thread_state(device):
 
 # keyword arguments that `generate` passes to `forward`, besides those of the attention
 FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
+ITS_OWN = {"tokenizer"}  # what some releases leave among them, and forward does not need
 PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # the released models write this for the date of their training
 
 
 GENERATING = contextvars.ContextVar("generating", default=False)  # `generate` calls that of an assistant model
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """Clamps scores to [-10,000, 10,000], nan to the lowest, so that temperature and sampling cannot fail."""
+
+    def __call__(self, input_ids, scores):
+        return scores.nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
 
 
 class ScoreCheck(LogitsProcessor):
@@ -130,20 +139,13 @@ class ScoreCheck(LogitsProcessor):
         return scores
 
     def report(self):
-        """Raise ValueError if a row of scores was nan; warn once of single ones."""
+        """Raise ValueError if all scores of a row were nan; warn once of single ones."""
         worst = 0 if self.worst is None else self.worst.item()
         if worst == 2:
             raise nan_scores_error(self.model)
         if worst == 1 and not self.warned:
             self.warned = True
-            warnings.warn("some scores are nan or inf: chat makes them finite and goes on", stacklevel=2)
-
-
-class FiniteScores(ScoreCheck):
-    """Also clamps scores to [-10,000, 10,000], nan to the lowest, so that temperature and sampling cannot fail."""
-
-    def __call__(self, input_ids, scores):
-        return super().__call__(input_ids, scores).nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
+            warnings.warn("some scores are nan or inf; chat makes them finite and goes on", stacklevel=2)
 
 
 def nan_scores_error(model):
@@ -177,34 +179,36 @@ class ChatMixin:
         temperature=0.8,
         logits_processor=None,
         max_history_tokens=None,
+        system=None,
         **kwargs,
     ):
         """Answer `query`.
 
         Args:
             tokenizer: a ChatGLMTokenizer.
-            query: the user's message, a non-empty string.
-            history: earlier rounds as (query, response), oldest first; not modified.
+            query: the user's message.
+            history: earlier rounds as (query, response), oldest first; not modified. As in the original, a text may be
+                empty, and None is written into the prompt as "None".
             max_length: limit on prompt and response tokens together, unless `max_new_tokens` is given.
             num_beams, do_sample, top_p, temperature: as for `generate`. A `generation_config` in the keyword
                 arguments replaces these and max_length.
             logits_processor: a list of logits processors; not modified. After them single nan and inf are made finite,
                 so that no step raises.
             max_history_tokens: drop the oldest rounds from the prompt until the rest has at most this many tokens.
+            system: instructions for the whole conversation, in front of its first round.
             **kwargs: passed to `generate`.
 
         Returns:
             The response, and the history with (query, response) appended, a new list of tuples.
 
         Raises:
-            ValueError: an empty query, a malformed history, a prompt that exceeds `seq_length`, or scores that are all
-                nan.
+            ValueError: a malformed query or history, a prompt that exceeds `seq_length`, or scores that are all nan.
         """
         history = checked_history(query, history)
         if (kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("chat returns one answer: set num_return_sequences=1, or use generate.")
         kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
-        inputs = self.build_inputs(tokenizer, query, kept)
+        inputs = self.build_inputs(tokenizer, query, kept, system)
         prompt_length = inputs["input_ids"].shape[1]
         sampling = {"num_beams": num_beams, "do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
@@ -226,14 +230,15 @@ class ChatMixin:
         logits_processor=None,
         return_past_key_values=False,
         max_history_tokens=None,
+        system=None,
         **kwargs,
     ):
         """Answer `query` step by step. Takes the arguments of `chat` and:
 
         Args:
             past_key_values: the cache from the previous round, even if that round was interrupted; only the new round
-                is then encoded. (As in the original, it lacks the last token of an interrupted answer.) An empty cache
-                is filled with the whole prompt.
+                is then encoded, since the cache holds `system` and `history`. (As in the original, it lacks the last
+                token of an interrupted answer.) An empty cache is filled with the whole prompt.
             return_past_key_values: also yield the cache, one object that is updated in place.
 
         Yields:
@@ -244,7 +249,7 @@ class ChatMixin:
         held = 0 if past_key_values is None else past_key_values.get_seq_length()
         if not held:
             kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
-            inputs = self.build_inputs(tokenizer, query, kept)
+            inputs = self.build_inputs(tokenizer, query, kept, system)
         elif max_history_tokens is not None:
             raise ValueError("max_history_tokens cannot drop rounds from a cache: pass it or past_key_values.")
         else:
@@ -275,10 +280,19 @@ class ChatMixin:
         if whole != shown or not shown:
             yield output(whole)
 
-    def build_inputs(self, tokenizer, query, history=None):
+    def build_inputs(self, tokenizer, query, history=None, system=None):
         """The model's inputs for `query` after `history`: input_ids, attention_mask, position_ids, int [1, T]."""
-        prompt = tokenizer.build_prompt(query, history)
+        prompt = tokenizer.build_prompt(query, history, system)
         return tokenizer([prompt], return_tensors="pt").to(self._input_device())
+
+    def build_stream_inputs(self, tokenizer, query, history=None):
+        """As `build_inputs`, but of the new round alone, to follow a cache that holds `history`."""
+        if not history:
+            return self.build_inputs(tokenizer, query)
+        text = "\n\n" + tokenizer.build_round(len(history) + 1, query)
+        new = tokenizer.encode(text, add_special_tokens=False)[1:]  # without the space that every text begins with
+        inputs = tokenizer.pad({"input_ids": [new]}, return_tensors="pt")
+        return inputs.to(self._input_device())
 
     def _input_device(self):
         """The device for input_ids: the embedding's, or the one that accelerate moves an offloaded embedding to."""
@@ -311,10 +325,8 @@ class ChatMixin:
 
     def _next_round_inputs(self, tokenizer, query, history, past_key_values):
         """Inputs of a new round after the cache. `generate` needs ids for cached tokens too, but never reads them."""
-        text = "\n\n" + tokenizer.build_round(len(history) + 1, query)
-        new = tokenizer.encode(text, add_special_tokens=False)[1:]  # without the space that every text begins with
-        cached = [tokenizer.pad_token_id] * self.transformer.count_cached_tokens(past_key_values)
-        input_ids = torch.tensor([cached + new], device=self._input_device())
+        new = self.build_stream_inputs(tokenizer, query, history)["input_ids"]
+        input_ids = F.pad(new, (self.transformer.count_cached_tokens(past_key_values), 0))
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def _chat_settings(self, tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs):
@@ -324,7 +336,9 @@ class ChatMixin:
         settings, given = dict(kwargs), kwargs.get("generation_config")
         if given is None:
             given = self.generation_config
-            settings.update(sampling if sampling["do_sample"] else {**sampling, "top_p": None, "temperature": None})
+            if not (sampling["do_sample"] and sampling["temperature"]):  # temperature 0 is greedy decoding
+                sampling = {**sampling, "do_sample": False, "top_p": None, "temperature": None}
+            settings.update(sampling)
         if settings.get("stop_strings") or getattr(given, "stop_strings", None):
             settings["tokenizer"] = tokenizer
         new = given.max_new_tokens if kwargs.get("max_new_tokens") is None else kwargs["max_new_tokens"]
@@ -339,7 +353,7 @@ class ChatMixin:
                     f"seq_length={self.config.seq_length}. Shorten the query, drop rounds with max_history_tokens, or "
                     "raise max_length up to seq_length."
                 )
-        settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores(self)])
+        settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
         return settings
 
     # Generation
@@ -354,13 +368,11 @@ class ChatMixin:
         if GENERATING.get():  # an assistant's drafts are checked by the model that asks for them
             return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
         prompts = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
-        length = next((prompt.shape[1] for prompt in prompts if prompt is not None), 0)
+        length = next((prompt.shape[min(1, prompt.dim() - 1)] for prompt in prompts if prompt is not None), 0)
         generation_config = self._within_seq_length(length, generation_config, kwargs)
-        processors = LogitsProcessorList(logits_processor or [])
-        check = next((processor for processor in processors if isinstance(processor, ScoreCheck)), None)
-        if check is None:
-            check = ScoreCheck(self)
-            processors.append(check)
+        check, processors = ScoreCheck(self), LogitsProcessorList(logits_processor or [])
+        clamps = [i for i, item in enumerate(processors) if isinstance(item, InvalidScoreLogitsProcessor)]
+        processors.insert(clamps[0] if clamps else len(processors), check)
         outer = GENERATING.set(True)
         try:
             output = super().generate(inputs, generation_config, processors, *args, **kwargs)
@@ -483,7 +495,7 @@ class ChatMixin:
         else:
             new = given if cache_position is None else cache_position.shape[0]
         total = attention_mask.shape[1] if masked else None if seen is None else seen + new
-        if new < 1 or total is not None and given not in (new, total, total - embedded):
+        if not 1 <= new <= given or given > new + (given if seen is None else seen):  # PEFT's prefix: more are cached
             raise ValueError(
                 f"A step of generate got {given} ids, {new} of them new, and a cache of {seen} tokens: it needs the "
                 "cache or the whole prompt. (prefill_chunk_size does not work with a P-Tuning prefix.)"
@@ -507,6 +519,7 @@ class ChatMixin:
             attention_mask = causal_mask(self.config, x, attention_mask, cache, cache_position=cache_position)
             position_ids = position_ids.clone(memory_format=torch.contiguous_format)
             inputs = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ITS_OWN}
         unknown = [name for name in kwargs if name not in KEYWORDS and name not in FORWARDED]
         if unknown:
             warnings.warn(f"ChatGLM2 ignores {', '.join(unknown)}, which generate passed to it", stacklevel=2)
@@ -525,12 +538,13 @@ def without_partial_placeholder(text):
 
 
 def checked_history(query, history):
-    """Copy `history` to a list of tuples. Raises ValueError for an empty query or a round that is not two strings."""
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"query must be a non-empty string, got {query!r}")
+    """Copy `history` to a list of tuples. Raises ValueError for what is not text, or None in place of it."""
+    if not isinstance(query, (str, type(None))):
+        raise ValueError(f"query must be a string, got {query!r}")
     if history is not None and not isinstance(history, (list, tuple)):
         raise ValueError(f"history must be a list of (query, response), got a {type(history).__name__}")
     for i, turn in enumerate(history or []):
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+        pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+        if not pair or not all(isinstance(text, (str, type(None))) for text in turn):
             raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
     return [tuple(turn) for turn in history or []]

@@ -264,17 +264,20 @@ TILE(4, 1, 4) TILE(4, 2, 2) TILE(4, 4, 2) TILE(8, 1, 4) TILE(8, 2, 4) TILE(8, 4,
 """
 
 BODY = r"""
+int omp_get_thread_num(void);
+
 /* The number of tokens in the smallest tile that holds `tokens`. */
 static int width(long tokens) { return tokens > 8 ? WIDEST : tokens > 4 ? min(8, WIDEST) : tokens > 2 ? 4 : tokens; }
 
 /* y[n][out] = x[n][k] times the weight, plus bias, which has scale's type. groups: weight scales a row; group: inputs
-   that share an activation scale. */
+   that share an activation scale. scratch begins with a table of scales, [groups][32], for each thread: the stack of a
+   thread is too small for one. */
 void linear(const void *x, void *y, const uint8_t *w, const void *scale, const void *bias, char *scratch, long n,
             long k, long out, long groups, long group, int bits, int xtype, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, ng = padded / group, blocks = (out + 31) / 32;
   long tiles = (n + WIDEST - 1) / WIDEST, room = n + WIDEST;
-  int8_t *q = (int8_t *)scratch;
-  float *xs = (float *)(scratch + room * padded);
+  int8_t *q = (int8_t *)scratch + threads * groups * 128;
+  float *xs = (float *)(q + room * padded);
   int32_t *start = (int32_t *)(xs + room * ng);
   #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
   for (long token = 0; token < WIDEST * (tiles - 1) + width(n - WIDEST * (tiles - 1)); token++) {
@@ -287,7 +290,7 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
   /* guided: long runs of memory per thread, and all threads finish together */
   #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long block = 0; block < blocks; block++) {
-    float ws[groups * 32], sums[WIDEST * 32];
+    float *ws = (float *)scratch + omp_get_thread_num() * groups * 32, sums[WIDEST * 32];
     scales_of(scale, stype, block, out, groups, ws);
     for (long from = 0; from < n; from += WIDEST) {
       int tokens = width(n - from);
@@ -349,12 +352,12 @@ static inline __attribute__((always_inline)) void exact(const float *x, const ui
 }
 
 /* The float32 version; x is padded to whole groups of 128, and from 3 tokens on to a multiple of 8 tokens. */
-void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, long n, long k,
-                    long out, long groups, int bits, int stype, int threads) {
+void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, float *scratch,
+                    long n, long k, long out, long groups, int bits, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, blocks = (out + 31) / 32, per_group = k / groups;
   #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long block = 0; block < blocks; block++) {
-    float ws[groups * 32], sums[WIDEST_EXACT * 32];
+    float *ws = scratch + omp_get_thread_num() * groups * 32, sums[WIDEST_EXACT * 32];
     const uint8_t *at = w + block * padded * 4 * bits;
     scales_of(scale, stype, block, out, groups, ws);
     for (long from = 0; from < n; from += WIDEST_EXACT) {

@@ -6,6 +6,8 @@ even column in the high nibble: (q[2j] & 15) << 4 | (q[2j + 1] & 15). `weight_sc
 [out, in / group_size] where every group of inputs has its own scale (better int4, but not the released format).
 """
 
+import functools
+import math
 from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
@@ -84,6 +86,25 @@ def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Opti
     dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     y = F.linear(x.to(dtype), dequantize_weight(weight, weight_scale, bits, dtype))
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+def without_overflow(linear: Callable) -> Callable:
+    """For a kernel on a CPU that multiplies x by q first and by the scale at the end: |q| * |x| may exceed float32.
+
+    Rows of finite inputs that give others are multiplied again, as x / 2^40.
+    """
+
+    @functools.wraps(linear)
+    def product(x, weight, weight_scale, bias, bits):
+        y = linear(x, weight, weight_scale, bias, bits)
+        if x.dtype != torch.float16 and not math.isfinite(y.sum()):
+            rows = x.isfinite().all(dim=1) & ~y.isfinite().all(dim=1)
+            if rows.any():
+                part = linear(x[rows] * 2.0**-40, weight, weight_scale, None, bits).float() * 2.0**40
+                y[rows] = (part if bias is None else part + bias).to(y.dtype)
+        return y
+
+    return product
 
 
 class Layout(NamedTuple):

@@ -53,14 +53,15 @@ def needs_dispatch(x):
 
 
 @contextlib.contextmanager
-def without_cudnn_attention():
-    """Disable cuDNN's attention kernel, if another fused one is enabled.
+def without_cudnn_attention(lengths_vary):
+    """Disable cuDNN's attention kernel if lengths vary from call to call, and another fused one is enabled.
 
     cuDNN builds a plan for every new length, which takes 40 ms on an H200: once per token while decoding.
     """
     flags = torch.backends.cuda
     others = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled()
-    if not others or not hasattr(flags, "enable_cudnn_sdp") or not flags.cudnn_sdp_enabled():  # before torch 2.5
+    cudnn = hasattr(flags, "enable_cudnn_sdp") and flags.cudnn_sdp_enabled()  # missing before torch 2.5
+    if not (lengths_vary and others and cudnn):
         yield
         return
     flags.enable_cudnn_sdp(False)

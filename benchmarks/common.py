@@ -17,7 +17,7 @@ import transformers
 from transformers import DynamicCache, GlmForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from chatglm2 import quantization, quantization_cpu, quantization_format  # noqa: F401
+from chatglm2 import c_library, quantization, quantization_cpu, quantization_format  # noqa: F401
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm2.transformers_compat import CACHE, grow_in_place  # noqa: F401
@@ -228,7 +228,7 @@ def instructions(device="cpu"):
     """What the choice of kernels depends on: "AVX512-VNNI", "AVX2", "GPU" or "other"."""
     if torch.device(device).type != "cpu":
         return "GPU"
-    known = [kind for kind, _ in quantization_cpu.instructions()]
+    known = [kind for kind, _ in c_library.instructions()]
     return {"avx512": "AVX512-VNNI", "avx2": "AVX2"}[known[0]] if known else "other"
 
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from chatglm2 import quantization, quantization_cpu
+from chatglm2 import c_library, quantization, quantization_cpu
 from chatglm2.quantization_format import dequantize_weight, quantize_weight, reference_linear
 from conftest import c_kernels
 from torch import nn
@@ -27,7 +27,7 @@ def library(kind):
     if kind == "avx2":
         return c_kernels("avx2")
     stand_in = "-D__AVXVNNI__", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"
-    return c_kernels("avx2", *quantization_cpu.AVX512.values(), *stand_in)
+    return c_kernels("avx2", *c_library.AVX512.values(), *stand_in)
 
 
 def linear_of(kernel):
@@ -44,7 +44,7 @@ def linear_of(kernel):
 
     if not kind:
         return linear
-    if kind == "avxvnni" and quantization_cpu.instructions()[0][0] != "avx512":
+    if kind == "avxvnni" and c_library.instructions()[0][0] != "avx512":
         pytest.skip("this CPU has no VNNI instruction of 256 bits")
 
     loaded = library(kind)

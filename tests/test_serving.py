@@ -92,6 +92,24 @@ def test_stream(client):
     assert sum(map(bool, pieces)) > 5 and "".join(pieces) == ANSWERS["早上好"]
 
 
+def test_stream_of_stray_bytes(client, folder_and_options):
+    """Bytes in any order, as sampling picks them now and then, do not end a stream before its last token."""
+    if PAGED == folder_and_options[1]:
+        pytest.skip("continuous batching knows no logit_bias")
+    settings = {"temperature": 1, "logit_bias": {str(i): 50.0 for i in range(3, 259)}}
+    sampled = {"extra_body": {"generation_config": '{"do_sample": true, "eos_token_id": 2, "pad_token_id": 0}'}}
+    chunks = list(ask(client, "你好", stream=True, max_tokens=200, **settings, **sampled))
+    assert chunks[-1].choices[0].finish_reason == "length" and chunks[-1].usage.completion_tokens == 200
+
+
+def test_any_order_of_messages(client):
+    """Two questions in a row and a system message behind them are answered, as the template writes them."""
+    roles = [("user", "早上好"), ("user", "你好"), ("system", "Be brief."), ("assistant", "好"), ("user", "谢谢")]
+    messages = [{"role": role, "content": text} for role, text in roles]
+    reply = client.chat.completions.create(model=str(client.folder), messages=messages, max_tokens=3, temperature=0)
+    assert reply.choices[0].message.content and reply.usage.completion_tokens == 3
+
+
 def test_several_clients_at_once(client):
     """Eight requests at the same time, half of them streamed: each gets the answer to its own question."""
 
