@@ -111,13 +111,20 @@ PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # the released model
 GENERATING = contextvars.ContextVar("generating", default=False)  # `generate` calls that of an assistant model
 
 
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """Clamps scores to [-10,000, 10,000], nan to the lowest, so that temperature and sampling cannot fail."""
+
+    def __call__(self, input_ids, scores):
+        return scores.nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
+
+
 class ScoreCheck(LogitsProcessor):
     """Ends a generation where nan has replaced all scores of a row, as damaged weights do: they would choose noise.
 
     The result of a step stays on its device. It is read in the first step, in every 32nd, and by `report` at the end.
     """
 
-    def __init__(self, model=None):
+    def __init__(self, model):
         self.model, self.steps, self.worst, self.warned = model, 0, None, False
 
     def __call__(self, input_ids, scores):
@@ -132,26 +139,17 @@ class ScoreCheck(LogitsProcessor):
         return scores
 
     def report(self):
-        """Raise ValueError if a row of scores was nan; warn once of single ones."""
+        """Raise ValueError if all scores of a row were nan; warn once of single ones."""
         worst = 0 if self.worst is None else self.worst.item()
         if worst == 2:
             raise nan_scores_error(self.model)
         if worst == 1 and not self.warned:
             self.warned = True
-            warnings.warn("some scores are nan or inf: chat makes them finite and goes on", stacklevel=2)
-
-
-class InvalidScoreLogitsProcessor(ScoreCheck):
-    """Also clamps scores to [-10,000, 10,000], nan to the lowest, so that temperature and sampling cannot fail."""
-
-    def __call__(self, input_ids, scores):
-        return super().__call__(input_ids, scores).nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
+            warnings.warn("some scores are nan or inf; chat makes them finite and goes on", stacklevel=2)
 
 
 def nan_scores_error(model):
     """The error if a step has no score that is a number, with the weights that are at fault."""
-    if model is None:
-        return ValueError("The model's scores are all nan: weights are damaged, or values overflowed.")
     damaged = [
         name
         for name, weight in model.named_parameters()
@@ -355,8 +353,7 @@ class ChatMixin:
                     f"seq_length={self.config.seq_length}. Shorten the query, drop rounds with max_history_tokens, or "
                     "raise max_length up to seq_length."
                 )
-        finite = InvalidScoreLogitsProcessor(self)
-        settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), finite])
+        settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
         return settings
 
     # Generation
@@ -371,13 +368,11 @@ class ChatMixin:
         if GENERATING.get():  # an assistant's drafts are checked by the model that asks for them
             return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
         prompts = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
-        length = next((prompt.shape[1] for prompt in prompts if prompt is not None), 0)
+        length = next((prompt.shape[min(1, prompt.dim() - 1)] for prompt in prompts if prompt is not None), 0)
         generation_config = self._within_seq_length(length, generation_config, kwargs)
-        processors = LogitsProcessorList(logits_processor or [])
-        check = next((processor for processor in processors if isinstance(processor, ScoreCheck)), None)
-        if check is None:
-            check = ScoreCheck(self)
-            processors.append(check)
+        check, processors = ScoreCheck(self), LogitsProcessorList(logits_processor or [])
+        clamps = [i for i, item in enumerate(processors) if isinstance(item, InvalidScoreLogitsProcessor)]
+        processors.insert(clamps[0] if clamps else len(processors), check)
         outer = GENERATING.set(True)
         try:
             output = super().generate(inputs, generation_config, processors, *args, **kwargs)

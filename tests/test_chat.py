@@ -219,6 +219,19 @@ def test_too_long_prompts_are_rejected_before_the_forward_pass(chatty, tokenizer
         chatty.chat(tokenizer, "你好", generation_config=GenerationConfig(max_new_tokens=510))
 
 
+@pytest.mark.parametrize("limits", [{"max_length": 0}, {"max_length": -5}, {"max_new_tokens": 0}], ids=str)
+def test_no_room_for_an_answer_is_an_error(chatty, tokenizer, limits):
+    """0 is no word for "no limit"; max_length=None is."""
+    message = "max_(length|new_tokens)=.*(give 1 or more|raise max_length)|leaves none for an answer: max_length"
+    with pytest.raises(ValueError, match=message):
+        chatty.chat(tokenizer, "你好", **limits)
+    with pytest.raises(ValueError, match=message):
+        next(chatty.stream_chat(tokenizer, "你好", **limits))
+    steps = chatty.stream_chat(tokenizer, "你好", max_length=None)
+    next(steps)
+    steps.close()
+
+
 @pytest.mark.parametrize("query", ["", "  \n", None])
 def test_empty_messages_are_answered(chatty, tokenizer, query):
     """An Enter on an empty line, a first message by the assistant: the original's prompt, where None reads "None"."""
@@ -255,19 +268,6 @@ def test_temperature_zero_is_greedy(chatty, tokenizer):
     assert chatty.chat(tokenizer, "你好", temperature=0, max_new_tokens=12) == want
     *_, streamed = chatty.stream_chat(tokenizer, "你好", temperature=0.0, max_new_tokens=12)
     assert streamed == want
-
-
-@pytest.mark.parametrize("limits", [{"max_length": 0}, {"max_length": -5}, {"max_new_tokens": 0}], ids=str)
-def test_no_room_for_an_answer_is_an_error(chatty, tokenizer, limits):
-    """0 is no word for "no limit"; max_length=None is."""
-    message = "max_(length|new_tokens)=.*(give 1 or more|raise max_length)|leaves none for an answer: max_length"
-    with pytest.raises(ValueError, match=message):
-        chatty.chat(tokenizer, "你好", **limits)
-    with pytest.raises(ValueError, match=message):
-        next(chatty.stream_chat(tokenizer, "你好", **limits))
-    steps = chatty.stream_chat(tokenizer, "你好", max_length=None)
-    next(steps)
-    steps.close()
 
 
 @pytest.mark.parametrize(
