@@ -1,4 +1,5 @@
 # make chat    a chat with the tiny checkpoint, in a virtual environment of its own     make chat ARGS="--quantize 4"
+#              make chat CPU=1: with torch for a CPU, if the environment is still to be made; Linux gets CUDA's otherwise
 # make web     the same in the browser                                                   make web ARGS="--port 8080"
 # make test    the tests
 # make tools   the tests with the tools around the model: servers, browser, TRL, lm_eval, llama.cpp, and transformers' own
@@ -9,7 +10,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-PIP = $(RUN) -m pip --quiet --disable-pip-version-check
+PIP = $(RUN) -m pip --disable-pip-version-check
+TORCH_FOR_CPU = --index-url https://download.pytorch.org/whl/cpu
+SIZE = 1.1 GB$(if $(CPU),, and on Linux several GB of CUDA, which make chat CPU=1 leaves out)
 LLAMA_CPP = build/llama.cpp
 RELEASE = $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS = build/transformers-$(RELEASE)
@@ -56,9 +59,11 @@ $(VLLM): | $(VENV)/tools.txt
 	@$(PIP) download --no-deps --only-binary :all: --platform manylinux_2_28_x86_64 -d build vllm==0.33.0
 
 $(VENV)/bin/python:
+	@echo "Making $(VENV) with torch, transformers and what they need: $(SIZE)" >&2
 	@$(PYTHON) -m venv $(VENV) >&2
 
 $(VENV)/run.txt: requirements.txt constraints.txt | $(VENV)/bin/python
+	$(if $(CPU),@$(PIP) install --no-deps -c constraints.txt torch $(TORCH_FOR_CPU) >&2)
 	@$(PIP) install -c constraints.txt -r requirements.txt >&2
 	@cp requirements.txt $@
 

@@ -265,6 +265,12 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
                 f"multi_query_group_num={self.multi_query_group_num}: all groups serve the same number of query "
                 "heads. Choose a multi_query_group_num that divides num_attention_heads."
             )
+        ends = self.eos_token_id if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+        if any(i is not None and i >= self.padded_vocab_size for i in ends):
+            raise ValueError(
+                f"eos_token_id={self.eos_token_id} must be below padded_vocab_size={self.padded_vocab_size}: no answer "
+                "would end. Correct it in config.json."
+            )
 
 
 def check_value(key, value, rules=RULES, place=""):

@@ -2,6 +2,8 @@
 
 import contextlib
 import contextvars
+import copy
+import math
 import queue
 import threading
 import warnings
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .attention_chatglm import KEYWORDS, causal_mask
+from .checkpoint_chatglm import shorten
 from .family_chatglm import PLACEHOLDER, Roles, with_date
 from .torch_compat import autocast_dtype
 from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, is_static, take_cache
@@ -104,12 +107,58 @@ def thread_state(device):
 FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
 ITS_OWN = {"tokenizer"}  # what some releases leave among them, and forward does not need
 
+GENERATING = contextvars.ContextVar("generating", default=False)  # `generate` calls that of an assistant model
+
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
     """Clamps scores to [-10,000, 10,000], nan to the lowest, so that temperature and sampling cannot fail."""
 
     def __call__(self, input_ids, scores):
         return scores.nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
+
+
+class ScoreCheck(LogitsProcessor):
+    """Ends a generation where nan has replaced all scores of a row, as damaged weights do: they would choose noise.
+
+    The result of a step stays on its device. It is read in the first step, in every 32nd, and by `report` at the end.
+    """
+
+    def __init__(self, model):
+        self.model, self.steps, self.worst, self.warned = model, 0, None, False
+
+    def __call__(self, input_ids, scores):
+        best = scores.amax(dim=-1)  # nan if any score is; -inf among them is how processors exclude a token
+        numbers = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        lost = best.isnan() & (numbers.amax(dim=-1) == -math.inf)
+        level = (~(best < math.inf)).any().int() + lost.any().int()
+        self.worst = level if self.worst is None else torch.maximum(self.worst, level)
+        if self.steps % 32 == 0:
+            self.report()
+        self.steps += 1
+        return scores
+
+    def report(self):
+        """Raise ValueError if all scores of a row were nan; warn once of single ones."""
+        worst = 0 if self.worst is None else self.worst.item()
+        if worst == 2:
+            raise nan_scores_error(self.model)
+        if worst == 1 and not self.warned:
+            self.warned = True
+            warnings.warn("some scores are nan or inf; chat makes them finite and goes on", stacklevel=2)
+
+
+def nan_scores_error(model):
+    """The error if a step has no score that is a number, with the weights that are at fault."""
+    damaged = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all()
+    ]
+    if damaged:
+        cause = f"{shorten(damaged)} contain nan or inf. The checkpoint is damaged: download it again."
+    else:
+        cause = f"its weights are finite, so a value left the range of {model.dtype}. Load it in bfloat16 or float32."
+    return ValueError(f"The model's scores are all nan: {cause}")
 
 
 class ChatMixin:
@@ -143,8 +192,8 @@ class ChatMixin:
             max_length: limit on prompt and response tokens together, unless `max_new_tokens` is given.
             num_beams, do_sample, top_p, temperature: as for `generate`. A `generation_config` in the keyword
                 arguments replaces these and max_length.
-            logits_processor: a list of logits processors; not modified. After them nan and inf are made finite, so
-                that no step raises.
+            logits_processor: a list of logits processors; not modified. After them single nan and inf are made finite,
+                so that no step raises.
             max_history_tokens: drop the oldest rounds from the prompt until the rest has at most this many tokens.
             system: instructions for the whole conversation, in front of its first round.
             role: for ChatGLM3: "observation" if `query` is what a tool returned, "system" for instructions.
@@ -155,7 +204,7 @@ class ChatMixin:
             ChatGLM3 calls a tool, the response is {"name", "parameters"}: pass on the result with role="observation".
 
         Raises:
-            ValueError: a malformed query or history, or a prompt that exceeds `seq_length`.
+            ValueError: a malformed query or history, a prompt that exceeds `seq_length`, or scores that are all nan.
         """
         history = tokenizer.conversation.checked(query, history, role)
         if (kwargs.get("num_return_sequences") or 1) > 1:
@@ -298,11 +347,12 @@ class ChatMixin:
             settings.setdefault("eos_token_id", stops)
         if settings.get("stop_strings") or getattr(given, "stop_strings", None):
             settings["tokenizer"] = tokenizer
-        new = kwargs.get("max_new_tokens") or given.max_new_tokens
+        new = given.max_new_tokens if kwargs.get("max_new_tokens") is None else kwargs["max_new_tokens"]
         if new is not None:
             self._check_room(prompt_length, new)
         elif "generation_config" not in kwargs:
-            settings["max_length"] = min(max_length or self.config.seq_length, self.config.seq_length)
+            limit = self.config.seq_length
+            settings["max_length"] = limit if max_length is None else min(max_length, limit)
             if prompt_length >= settings["max_length"]:
                 raise ValueError(
                     f"The prompt has {prompt_length} tokens, which leaves none for an answer: max_length={max_length}, "
@@ -312,16 +362,62 @@ class ChatMixin:
         settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
         return settings
 
+    # Generation
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """As in transformers, but never beyond `seq_length`: there, the answer ends as at max_length.
+
+        Raises:
+            ValueError: prompt and the argument max_new_tokens exceed `seq_length`, or all scores are nan; and what
+                transformers raises. A max_new_tokens of a generation_config is a limit: servers and pipelines set it.
+        """
+        if GENERATING.get():  # an assistant's drafts are checked by the model that asks for them
+            return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+        prompts = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+        length = next((prompt.shape[min(1, prompt.dim() - 1)] for prompt in prompts if prompt is not None), 0)
+        generation_config = self._within_seq_length(length, generation_config, kwargs)
+        check, processors = ScoreCheck(self), LogitsProcessorList(logits_processor or [])
+        clamps = [i for i, item in enumerate(processors) if isinstance(item, InvalidScoreLogitsProcessor)]
+        processors.insert(clamps[0] if clamps else len(processors), check)
+        outer = GENERATING.set(True)
+        try:
+            output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        finally:
+            GENERATING.reset(outer)
+        check.report()
+        return output
+
+    def _within_seq_length(self, prompt_length, generation_config, kwargs):
+        """Lower the limits in `kwargs`, or in the copy of generation_config that is returned, to `seq_length`."""
+        given, room = generation_config or self.generation_config, self.config.seq_length - prompt_length
+        asked = kwargs.get("max_new_tokens")
+        self._check_room(prompt_length, 1 if asked is None else asked)
+        new = given.max_new_tokens if asked is None else asked
+        longest = given.max_length if kwargs.get("max_length") is None else kwargs["max_length"]
+        if new is None and longest in (None, 20):  # transformers' default, in some releases behind the prompt
+            new = 20
+        if new is not None:
+            changes = {"max_new_tokens": room} if new > room else {}
+        else:
+            changes = {"max_length": self.config.seq_length} if longest > self.config.seq_length else {}
+        if changes and generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**changes)
+            kwargs.pop(*changes, None)
+        else:
+            kwargs.update(changes)
+        return generation_config
+
     def _check_room(self, prompt_length, max_new_tokens):
         limit = self.config.seq_length
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no token for an answer: give 1 or more.")
         if prompt_length + max_new_tokens > limit:
             room = limit - prompt_length
             raise ValueError(
                 f"A prompt of {prompt_length} tokens and max_new_tokens={max_new_tokens} exceed seq_length={limit}. "
                 "Shorten the prompt" + (f" or lower max_new_tokens to {room}." if room > 0 else ".")
             )
-
-    # Generation
 
     def stream_generate(
         self,
@@ -339,10 +435,11 @@ class ChatMixin:
         `return_past_key_values` it yields (ids, cache).
 
         Raises:
-            ValueError: prompt and `max_new_tokens` exceed `seq_length`, or beam search, which cannot be streamed.
+            ValueError: prompt and `max_new_tokens` exceed `seq_length`; beam search, which cannot be streamed; and as
+                `generate`.
         """
         new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
-        self._check_room(input_ids.shape[1], new or 0)
+        self._check_room(input_ids.shape[1], new or 1)
         cache = take_cache(kwargs)
         if return_past_key_values and cache is None:
             cache = DynamicCache()

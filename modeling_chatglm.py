@@ -33,6 +33,8 @@ from .transformers_compat import (
 )
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
+    from .attention_cpu import supports  # noqa: F401
+    from .attention_cpu_source import source as attention_source  # noqa: F401
     from .c_library import load  # noqa: F401
     from .checkpoint_chatglm import read_checkpoint  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
@@ -298,7 +300,6 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
         cache, use_cache = self._resolve_cache(cache, use_cache)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        attend = choose_attention(config, is_paged(cache), output_attentions)
 
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T, seen = x.shape[1], self.count_cached_tokens(cache)
@@ -321,7 +322,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
                 x,
                 rotary,
                 mask,
-                attend,
+                choose_attention(config, x, mask, is_paged(cache), self.training, output_attentions),
                 cache=cache,
                 cache_kwargs=update_kwargs,
                 prefix=prefix,

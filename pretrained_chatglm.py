@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .checkpoint_chatglm import check_names, quantization_changes, read_checkpoint
 from .configuration_chatglm import ChatGLMConfig
 from .quantization import quantize
-from .quantization_loading import missing_quantized_weights_error  # importing it registers quant_method "chatglm"
+from .quantization_loading import lay_out, missing_quantized_weights_error  # this registers quant_method "chatglm"
 from .transformers_compat import ModelFallbacks
 
 
@@ -123,9 +123,14 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
             raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
         if strict:
             check_names(pretrained_model_name_or_path, model, tensors, report)
+        settings = getattr(model, "generation_config", None)
+        for name in ("eos_token_id", "pad_token_id"):  # generation_config.json hides those of config.json
+            if settings is not None and getattr(settings, name) is None:
+                setattr(settings, name, getattr(model.config, name))
         model.base_model.freeze_all_but_prefix()  # loading may have replaced parameters
         if device is not None:
             model.to(device)
+        lay_out(model)
         return (model, report) if output_loading_info else model
 
     def quantize(self, bits, empty_init=False, device=None, **options):

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, modeling_outputs
+from transformers.utils import logging
 
 from .torch_compat import is_compiling
 
@@ -485,6 +486,11 @@ def register_quantization(method, config_class, quantizer_class):
     """Register `method` for from_pretrained's quantization_config; a later import replaces an earlier one."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
     AUTO_QUANTIZER_MAPPING[method] = quantizer_class
+
+
+def progress_bar(items, title):
+    """`items`, with a bar in a terminal if they take over a second; transformers' disable_progress_bar hides it."""
+    return logging.tqdm(items, desc=title, disable=None, delay=1)
 
 
 # ---- serving --------------------------------------------------------------------------------------------------------

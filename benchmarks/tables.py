@@ -253,6 +253,23 @@ def errors(say, processor):
     return table(header, rows, records, "quantized", say) if rows else ""
 
 
+def context(say, processor):
+    """Each kind's decoding and prompts; the speed at a context relative to that at 512 tokens."""
+    records = newest(processor, "context", "bits", "small_head", "dtype", "layers")
+    rows = []
+    for record in records:
+        name = with_head(weights(record["settings"]), record["settings"], say)
+        for row in record["decode"]:
+            cells = [row["ours_ms"], row["torch_ms"], f"{row['ratio']}x", f"{row['speed']:.0%}"]
+            rows.append([name, f"token after {row['context']:,}, ms", *cells])
+        for row in record["prefill"]:
+            speeds = [row["ours_tokens_per_second"], row["torch_tokens_per_second"]]
+            share = f"{speeds[0] / record['prefill'][0]['ours_tokens_per_second']:.0%}"
+            rows.append([name, f"prompt of {row['length']:,}, tokens/s", *speeds, f"{row['ratio']}x", share])
+    header = ["weights", "", "this package's attention", "torch's", "faster", "speed relative to 512"]
+    return table(header, rows, records, "context", say)
+
+
 def loading(say, processor):
     records = newest(processor, "loading")
     rows = rows_of(records, "bits", "peak_gb", "peak_with_a_forward_gb", "model_gb")
@@ -469,6 +486,7 @@ MAKERS = (
     overhead,
     quantized,
     errors,
+    context,
     loading,
     footprint,
     quality,

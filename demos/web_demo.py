@@ -15,15 +15,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Optional
 
-import gradio as gr
-from starlette.middleware import Middleware
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from chatglm2.tokenization_chatglm import check_unicode
-from checkpoints import TINY
-from conversations import read_conversation
-from options import chat_parser, load_or_exit
-from sessions import Sessions
+from starting import importing
+
+with importing():
+    import gradio as gr
+    from chatglm2.tokenization_chatglm import check_unicode
+    from checkpoints import TINY, held_in
+    from conversations import read_conversation
+    from options import chat_parser, load_or_exit
+    from sessions import Sessions
+    from starlette.middleware import Middleware
 
 LABELS = gr.I18n(
     en={
@@ -145,9 +147,7 @@ def rounds_of(messages):
 
 def name_of(args, model):
     """The folder, what its weights are held in, and where."""
-    bits = model.config.quantization_bit
-    held = f"int{bits}" if bits else str(model.dtype).removeprefix("torch.")
-    return f"{Path(args.model).resolve().name} · {held} · {model.device}"
+    return f"{Path(args.model).resolve().name} · {held_in(model)} · {model.device}"
 
 
 def build(sessions, args):
@@ -285,7 +285,9 @@ def launch(page, **options):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    page = build(Sessions(*load_or_exit(args), args.cached_chats, int(args.cache_gb * 1e9)), args)
+    model, tokenizer = load_or_exit(args)
+    print(f"{args.model}: {held_in(model)}, on {model.device}.", flush=True)
+    page = build(Sessions(model, tokenizer, args.cached_chats, int(args.cache_gb * 1e9)), args)
     launch(page, server_name=args.host, server_port=args.port, share=args.share)
 
 

@@ -45,7 +45,7 @@ class Session:
             return tokenizer(whole)["input_ids"], 0
         last, answer = history[known - 1]
         new = whole[len(tokenizer.build_prompt(last, history[: known - 1], system) + answer) :]
-        new_ids = tokenizer.encode(new, add_special_tokens=False)[1:]  # without the space that every text begins with
+        new_ids = tokenizer.encode_continuation(new)
         return self.ids[: self.ends[known]] + new_ids, known
 
     def crop(self, ids, held):

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from unittest import mock
 
+import options
 import pytest
 import torch
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification, ChatGLMModel
@@ -272,18 +274,14 @@ def test_index_of_absent_files(make_model, tmp_path, kind):
     refuses(tmp_path, f"index.json names {path.name}, which cannot be found. Download the missing files")
 
 
-def test_damaged_generation_config(make_model, tmp_path):
-    """transformers goes on without it."""
-    path = write(make_model(), tmp_path) / "generation_config.json"
-    path.write_text('{"eos_token_id": ')
-    refuses(tmp_path, "generation_config.json has 17 bytes and is not valid JSON")
-
-
-def test_damaged_config(make_model, tmp_path):
-    path = write(make_model(), tmp_path) / "config.json"
-    path.write_text(path.read_text()[:40])
-    with pytest.raises(OSError, match="config.json.* is not a valid JSON file"):
-        ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("data", [b"", b'{"eos_token_id": ', b"\xff\xfe{}", POINTER])
+def test_damaged_json(make_model, tmp_path, name, data):
+    """transformers goes on without generation_config.json. (It reads config.json itself in the Auto classes.)"""
+    path = write(make_model(), tmp_path) / name
+    path.write_bytes(data)
+    what = "is a Git LFS pointer" if data == POINTER else f"has {len(data)} bytes and is not valid JSON.*Download"
+    refuses(tmp_path, f"[/_]{name} {what}")
 
 
 def test_only_the_files_that_are_loaded_are_read(make_model, tmp_path):
@@ -298,3 +296,51 @@ def test_only_the_files_that_are_loaded_are_read(make_model, tmp_path):
     assert_same_weights(ChatGLMForConditionalGeneration.from_pretrained(tmp_path, **options), model)
     (tmp_path / "pytorch_model.fp16.bin").write_bytes(POINTER)
     refuses(tmp_path, "pytorch_model.fp16.bin is a Git LFS pointer", **options)
+
+
+# ---- the demos and the evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """What a demo or the evaluation loads, or the message that it ends with; the tiny checkpoint's tokenizer."""
+    monkeypatch.setattr(options, "logging", mock.Mock())  # it would silence the tests after this one, too
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+
+    def load(*arguments):
+        args = options.model_parser("").parse_args(["--model", str(tmp_path), "--device", "cpu", *arguments])
+        try:
+            return options.load_or_exit(args)
+        except SystemExit as exit:
+            return exit.code
+
+    return load
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_demos_load_quantized_weights_of_a_float_config(make_model, tmp_path, start, bits):
+    folder = write(make_model().quantize(bits), tmp_path)
+    edit_config(folder, quantization_bit=None)
+    model, _ = start()
+    assert model.config.quantization_bit == bits and model.dtype == torch.bfloat16
+
+
+def test_demos_end_at_missing_and_damaged_weights(make_model, tmp_path, start):
+    write(make_model(), tmp_path, change=lambda state: state.pop(NORM))
+    assert f"lacks 1 of the model's 24 tensors: {NORM}" in start()
+    for name in ("model.safetensors", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes(POINTER)
+        assert f"{name} is a Git LFS pointer" in start()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "adapter_model.safetensors"])
+def test_demos_end_at_a_damaged_prefix_or_adapter(make_model, tmp_path, start, name):
+    pytest.importorskip("peft" if "adapter" in name else "torch")
+    write(make_model(), tmp_path)
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / name).write_bytes(POINTER)
+    if "adapter" in name:
+        (trained / "adapter_config.json").write_text("{}")
+    assert f"{name} is a Git LFS pointer" in start("--checkpoint", str(trained))

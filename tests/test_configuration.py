@@ -39,10 +39,10 @@ CASES = [(key, value) for kind, keys in KINDS.items() for key in keys for value 
 CASES = [case for case in CASES if case != ("rope_ratio", None)]  # null is the default there
 CASES += [(key, 0) for key in [*KINDS["integer"], "layernorm_epsilon", "rope_ratio"]]
 CASES += [("hidden_dropout", 1.5), ("attention_dropout", 2), ("classifier_dropout", -0.1), ("classifier_dropout", "no")]
-CASES += [("kv_channels", 6), ("rope_ratio_type", "ntk"), ("rope_ratio_type", None), ("tie_word_embeddings", True)]
+CASES += [("kv_channels", 6), ("rope_ratio_type", "ntk"), ("model_family", "chatglm4"), ("tie_word_embeddings", True)]
 CASES += [("quantization_bit", value) for value in (3, -4, 16, "4", 4.0, True, [4])]
 CASES += [("pre_seq_len", value) for value in (-1, 1.5, "128", True, float("inf"))]
-CASES += [("eos_token_id", value) for value in (-1, 2.0, "</s>", [], [2, -1], [None], True)]
+CASES += [("eos_token_id", value) for value in (-1, 320, 2.0, "</s>", [], [2, -1], [2, 320], [None], True)]
 CASES += [(key, value) for key in ("pad_token_id", "bos_token_id") for value in (-1, "0", 0.5, [0])]
 CASES += [("torch_dtype", value) for value in ("nonsense", "int8", 16, "bool", ["float16"])]
 CASES += [("rope_scaling", {"type": "linear", "factor": 4.0}), ("quantization_options", None)]

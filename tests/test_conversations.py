@@ -27,6 +27,10 @@ def test_a_conversation_is_read():
         ('{"messages": [["user", "a"]]}', "Not a conversation"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', r"messages\[0\]: the role 'tool'"),
         ('{"messages": [{"role": "user", "content": [{"file": {"path": "/etc/passwd"}}]}]}', "content must be text"),
+        (
+            r'{"messages": [{"role": "user", "content": "a\ud800"}]}',
+            r"messages\[0\] cannot be encoded in UTF-8: character 1",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_an_error(text, message):

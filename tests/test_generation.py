@@ -151,6 +151,41 @@ def test_continuous_batching_matches_single_prompts(tiny_model, tokenizer):
     assert answers == [model.chat(tokenizer, query, do_sample=False)[0] for query in queries]
 
 
+@pytest.mark.needs_transformers("5.23", "continuous batching on a CPU without a paged| prefix")
+def test_continuous_batching_encodes_a_prefix_once(tiny_model, tokenizer):
+    """A second turn is encoded from its last full block on, and each request has its temperature, top_p and top_k."""
+    from transformers import ContinuousBatchingConfig
+
+    model, seen, history = copy.deepcopy(tiny_model), [], []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}  # without, no request may ask for it
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(eos_token_id=2, pad_token_id=0, use_cache=False, **sampled),
+        continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=32, per_request_processors=True),
+    )
+    manager.start()
+
+    def answer(query, **settings):
+        ids = tokenizer(tokenizer.build_prompt(query, history))["input_ids"]
+        request = manager.add_request(ids, max_new_tokens=40, **settings)
+        return len(ids), tokenizer.decode(manager.get_result(request, timeout=30).generated_tokens)
+
+    try:
+        for _ in range(3):
+            seen.clear()
+            length, text = answer("what is the sun", top_k=1)
+            assert seen[0] == length if not history else length % 16 <= seen[0] < 60 < length, (length, seen)
+            history.append(("what is the sun", text))
+        history.clear()
+        greedy = model.chat(tokenizer, "what is the sun", do_sample=False)[0]
+        everything = {"top_k": model.config.padded_vocab_size, "top_p": 1.0, "temperature": 1.0}
+        for one in ({"top_k": 1}, {"top_p": 0.01}, {"temperature": 0.01}):
+            assert answer("what is the sun", **{**everything, **one})[1] == greedy
+        assert answer("what is the sun", **{**everything, "temperature": 50.0})[1] != greedy
+    finally:
+        manager.stop(block=True)
+
+
 FUNCTION = """Here it is:
 
 def sign(x):

@@ -102,7 +102,7 @@ def test_non_finite_weight_leaves_the_model_unchanged(make_model, value):
 
 @pytest.mark.parametrize("options, message", [
     ({"group_size": 64}, "dense: group_size=64 must be even and divide in_features=96"),
-    ({"group_size": 64, "empty": True}, "dense: group_size=64 must be even and divide in_features=96"),
+    ({"group_size": 64, "empty_init": True}, "dense: group_size=64 must be even and divide in_features=96"),
     ({"output_layer": True}, "output_layer: is wrapped by an adapter"),
 ])  # fmt: skip
 def test_errors_are_found_before_the_first_layer_is_quantized(make_model, options, message):
@@ -119,7 +119,7 @@ def test_errors_are_found_before_the_first_layer_is_quantized(make_model, option
 def test_each_layer_is_rounded_once(make_model, monkeypatch):
     rounded = []
     monkeypatch.setattr(
-        quantization, "quantize_weight", lambda weight, *rest: rounded.append(1) or quantize_weight(weight, *rest)
+        quantization, "round_weight", lambda weight, *rest: rounded.append(1) or quantize_weight(weight, *rest)
     )
     make_model().quantize(4, embedding=True, output_layer=True)
     assert len(rounded) == 12 + 2
