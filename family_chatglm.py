@@ -23,8 +23,8 @@ def checked_family(name):
     """Return `name`. Raises ValueError if it is no model of the family."""
     if name not in FAMILIES:
         raise ValueError(
-            f"model_family={name!r} in config.json or tokenizer_config.json is unknown: use one of {FAMILIES}, or "
-            "remove the key to tell the model from the other keys."
+            f"model_family={name!r} in config.json or tokenizer_config.json must be one of {FAMILIES}. Without "
+            "the key the model is told from the others."
         )
     return name
 

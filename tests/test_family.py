@@ -97,7 +97,7 @@ def test_unknown_families_are_rejected(folder):
     """The key of our own has three values; another model's tokenizer has no roles, and says which key would help."""
     with pytest.raises(ValueError, match="model_family='chatglm4'"):
         ChatGLMConfig(model_family="chatglm4")
-    with pytest.raises(ValueError, match="model_family='chatglm4'.*use one of"):
+    with pytest.raises(ValueError, match="model_family='chatglm4'.*must be one of"):
         ChatGLMTokenizer.from_pretrained(folder({}, {"model_family": "chatglm4"}))
     two = ChatGLMTokenizer.from_pretrained(folder())
     for call in (lambda: two.build_chat_input("x"), lambda: two.build_single_message("user", "", "x")):
