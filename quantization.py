@@ -368,7 +368,8 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
 
 def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, skip=(), embedding: bool = False,
-             output_layer: bool = False, backend: Optional[str] = None, empty: bool = False) -> nn.Module:  # fmt: skip
+             output_layer: bool = False, backend: Optional[str] = None, empty_init: bool = False,
+             device=None) -> nn.Module:  # fmt: skip
     """Replace the four linear layers of every block with int8 or int4 ones, in place, and return the model.
 
     Args:
@@ -377,14 +378,15 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
         skip: names of layers, or of modules around them, to leave unquantized ("dense_4h_to_h", "layers.0").
         embedding, output_layer: quantize these too, to int8.
         backend: a kernel family by name, also for layers that are quantized already. New layers default to "auto".
-        empty: create the layers without values, for a checkpoint to fill.
+        empty_init: create the layers without values, for a checkpoint to fill.
+        device: move `model` there once it is quantized.
 
     Layers are replaced one by one, so peak memory is the model and one layer. All of them are checked first: a
     ValueError leaves the model unchanged. Layers that are quantized already keep their weights; it is a ValueError if
     they have other bits or groups.
     """
     if bits == 0:
-        return model
+        return model if device is None else model.to(device)
     check_bits(bits)
     check_backend(backend or "auto")
     wanted, quantized, chosen = {"word_embeddings": embedding, "output_layer": output_layer}, [], {}
@@ -403,7 +405,7 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
                 if layer is not model.get_submodule(name):
                     raise ValueError("is wrapped by an adapter: quantize first, then add the adapter")
                 options = (bits, group_size) if kind in LAYERS else (8, None)
-                if empty:
+                if empty_init:
                     check_bits(options[0], layer.weight.shape[1], options[1])
                 else:
                     choose(backend or "auto", layer.weight.device)
@@ -417,11 +419,11 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
         for name, options in progress_bar(chosen.items(), f"Quantizing to int{bits}"):
             parent, _, child = name.rpartition(".")
             parent = model.get_submodule(parent)
-            setattr(parent, child, _quantized(getattr(parent, child), *options, backend or "auto", empty))
+            setattr(parent, child, _quantized(getattr(parent, child), *options, backend or "auto", empty_init))
     finally:  # if interrupted, the config describes the layers that are quantized by then
         if getattr(model, "config", None) is not None:
             _write_config(model, bits, group_size)
-    return model
+    return model if device is None else model.to(device)
 
 
 def _quantized(layer: nn.Module, bits: int, group_size: Optional[int], backend: str, empty: bool) -> QuantizedModule:

@@ -43,7 +43,7 @@ class ChatGLMQuantizer(RoundingQuantizer):
             choose(backend, torch.device(*devices))
         stored = {name for name, layer in model.named_modules() if hasattr(layer, "weight_scale")}
         options = {key: value for key, value in vars(self.quantization_config).items() if key != "quant_method"}
-        quantize(model, empty=True, **options)
+        quantize(model, empty_init=True, **options)
         layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "weight_scale")}
         return {name: layer for name, layer in layers.items() if name not in stored}  # the others are int8 and int4
 

@@ -43,7 +43,7 @@ PROCESSORS = ("GPU", "AVX512-VNNI", "AVX2", "other")  # each has tables of its o
 
 
 def instructions(record):
-    """The one of PROCESSORS that a run was made on; those that do not say so were made with AVX512-VNNI."""
+    """Which of PROCESSORS a run was made on; runs that do not name one had AVX512-VNNI."""
     return record["machine"].get("instructions", "AVX512-VNNI")
 
 
@@ -107,14 +107,14 @@ def markdown(header, rows, say):
 
 
 def table(header, rows, records, benchmark, say):
-    """A table, with the machines that the figures are from below it; nothing where there are no figures."""
+    """A table and, below it, the machines it was measured on; empty if there are no figures."""
     if not records:
         return ""
     return f"{markdown(header, rows, say)}\n\n{machines(records, say)}. `python benchmarks {benchmark}`"
 
 
 def kind(record):
-    """Shape, dtype and how it ran."""
+    """Shape, dtype and settings of a run."""
     settings = record["settings"]
     words = [settings.get("shape", "6b"), settings["dtype"]]
     words += [f"{settings['layers']} layers"] if settings.get("layers") else []
@@ -122,17 +122,17 @@ def kind(record):
 
 
 def rows_of(records, *columns):
-    """These columns of all rows of the runs."""
+    """These columns of the rows of all runs."""
     return [[row[key] for key in columns] for record in records for row in record["rows"]]
 
 
 def rows_by_kind(records, *columns):
-    """`rows_of`, each row behind the kind of its run."""
+    """As `rows_of`, with the settings of its run in front of each row."""
     return [[kind(record), *row] for record in records for row in rows_of([record], *columns)]
 
 
 def decode(say, processor):
-    """Times, and how much of each is the first one and what reading the longer context's bytes adds to it."""
+    """Times, and the share of each that the time at the shortest context and the added bytes explain."""
     records = newest(processor, "decode", "shape", "compiled", "dtype", "device")
     for record in records:
         first = record["rows"][0]
@@ -211,7 +211,7 @@ KERNELS = {"cpu": "the C kernel", "stock": "torch's own operators", "triton": "T
 
 
 def quantized_runs(processor):
-    """The newest whole runs of the quantized benchmark, the plain ones first; none that played another processor."""
+    """The newest whole runs of the quantized benchmark, plain ones first; without those of emulated instructions."""
     records = newest(processor, "quantized", "instructions", *SPECIAL, "bits", "dtype", "backends", "device")
     records = [r for r in records if r["settings"]["layers"] == 28 and not r["settings"].get("instructions")]
     return sorted(records, key=lambda r: ([bool(r["settings"].get(key)) for key in SPECIAL], r["settings"]["bits"]))
@@ -252,6 +252,23 @@ def errors(say, processor):
             header = ["weights", "backend", *run["error"], "share of the bandwidth"]
     rows = [[f"int{bits}", backend, *cells] for (bits, backend), cells in sorted(seen.items())]
     return table(header, rows, records, "quantized", say) if rows else ""
+
+
+def context(say, processor):
+    """Each kind's decoding and prompts; the speed at a context relative to that at 512 tokens."""
+    records = newest(processor, "context", "bits", "small_head", "dtype", "layers")
+    rows = []
+    for record in records:
+        name = with_head(weights(record["settings"]), record["settings"], say)
+        for row in record["decode"]:
+            cells = [row["ours_ms"], row["torch_ms"], f"{row['ratio']}x", f"{row['speed']:.0%}"]
+            rows.append([name, f"token after {row['context']:,}, ms", *cells])
+        for row in record["prefill"]:
+            speeds = [row["ours_tokens_per_second"], row["torch_tokens_per_second"]]
+            share = f"{speeds[0] / record['prefill'][0]['ours_tokens_per_second']:.0%}"
+            rows.append([name, f"prompt of {row['length']:,}, tokens/s", *speeds, f"{row['ratio']}x", share])
+    header = ["weights", "", "this package's attention", "torch's", "faster", "speed relative to 512"]
+    return table(header, rows, records, "context", say)
 
 
 def loading(say, processor):
@@ -494,6 +511,7 @@ MAKERS = (
     overhead,
     quantized,
     errors,
+    context,
     loading,
     footprint,
     starting,
@@ -643,7 +661,7 @@ def quantized_picture(plt):
 
 
 def arguments(parser):
-    """There are none."""
+    """No figures."""
 
 
 def pages():

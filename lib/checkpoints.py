@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from chatglm2.checkpoint_chatglm import read_json, read_tensors
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm2.quantization import QuantizedLinear, choose
@@ -28,6 +29,8 @@ def load_config(folder):
     if not (Path(folder) / "config.json").is_file():
         what = "has no config.json" if Path(folder).is_dir() else "is not a directory"
         raise ValueError(f"{folder} {what}: give the folder with config.json, weights and tokenizer.model.")
+    for path in Path(folder).glob("*config.json"):  # the tokenizer's, too
+        read_json(path)
     return ChatGLMConfig.from_pretrained(folder)
 
 
@@ -62,6 +65,8 @@ def load_model(folder, dtype, bits=0, checkpoint=None, **config_changes):
     if adapter:
         from peft import PeftModel
 
+        for path in sorted(Path(checkpoint).glob("adapter_model.*")):
+            read_tensors(str(path))  # names a damaged file
         return PeftModel.from_pretrained(model, checkpoint)
     return model
 
@@ -119,13 +124,13 @@ def read_prefix(folder):
     Raises:
         ValueError: `folder` holds no prefix.
     """
-    path = Path(folder) / PREFIX_FILE
-    if path.is_file():
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    elif (path := path.with_name("model.safetensors")).is_file():  # the original's Trainer from transformers 4.35 on
-        tensors = load_file(path)
-    else:
+    files = [Path(folder) / name for name in (PREFIX_FILE, "model.safetensors")]  # the second from 4.35 on
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
         raise ValueError(f"{folder} holds neither {PREFIX_FILE} nor model.safetensors: give what training wrote.")
+    read_tensors(str(path))  # names a damaged file
+    bin_file = path.suffix == ".bin"
+    tensors = torch.load(path, map_location="cpu", weights_only=True) if bin_file else load_file(path)
     state = {name[len(PREFIX) :]: value for name, value in tensors.items() if name.startswith(PREFIX)}
     if "embedding.weight" not in state:
         raise ValueError(f"{path} holds no {PREFIX}embedding.weight: give a P-Tuning checkpoint.")
