@@ -4,8 +4,6 @@ import contextlib
 import contextvars
 import copy
 import math
-import queue
-import threading
 import warnings
 from functools import partial
 
@@ -16,92 +14,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from .attention_chatglm import KEYWORDS, causal_mask
 from .checkpoint_chatglm import shorten
 from .family_chatglm import PLACEHOLDER, Roles, with_date
-from .torch_compat import autocast_dtype
+from .streaming_chatglm import stream
 from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, is_static, take_cache
-
-# Streaming: from the streamer that generate calls to an iterator
-
-
-class Closed(Exception):
-    """The consumer of a stream is gone; raised inside `generate` to stop it."""
-
-
-class StepStreamer:
-    """Passes on what `generate` puts, and pauses it until the consumer asks for more.
-
-    Both directions use SimpleQueue: unlike a Semaphore, it cannot be left locked by a Ctrl-C at the wrong moment.
-    """
-
-    def __init__(self):
-        self.outbox = queue.SimpleQueue()
-        self.wanted = queue.SimpleQueue()  # True: go on; False: the consumer is gone
-
-    def wait(self):
-        if not self.wanted.get():
-            raise Closed
-
-    def put(self, value):
-        self.outbox.put(value)
-        self.wait()
-
-    def end(self):
-        """Nothing to flush: `stream` detects the end itself."""
-
-
-def stream(generate, device):
-    """Iterate over what `generate(streamer=...)` puts: the prompt's ids [B, T], then the ids of each step.
-
-    `generate` runs in its own thread and takes turns with the consumer: never both at once. Closing the iterator, or a
-    Ctrl-C at any point, ends the thread after the current step. An exception in the thread is raised in the consumer.
-    """
-    streamer, finished = StepStreamer(), object()
-    inherited = thread_state(device)
-
-    def work():
-        try:
-            streamer.wait()
-            with inherited():
-                generate(streamer=streamer)
-        except Closed:
-            return
-        except BaseException as error:
-            streamer.outbox.put(error)
-        else:
-            streamer.outbox.put(finished)
-
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
-    try:
-        thread.start()
-        while True:
-            streamer.wanted.put(True)
-            item = streamer.outbox.get()
-            if item is finished:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        streamer.wanted.put(False)
-        if thread.is_alive():  # False if start() itself was interrupted
-            thread.join()
-
-
-def thread_state(device):
-    """Capture what torch keeps per thread: inference mode, autocast, the CUDA device and stream."""
-    dtype, inference = autocast_dtype(device.type), torch.is_inference_mode_enabled()
-    cuda_stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def inherited():
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.cuda.stream(cuda_stream))
-            if dtype is not None:
-                stack.enter_context(torch.autocast(device.type, dtype=dtype))
-            yield
-
-    return inherited
-
 
 # keyword arguments that `generate` passes to `forward`, besides those of the attention
 FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
@@ -167,21 +81,9 @@ class ChatMixin:
     # Chat
 
     def chat(
-        self,
-        tokenizer,
-        query,
-        history=None,
-        max_length=8192,
-        num_beams=1,
-        do_sample=True,
-        top_p=0.8,
-        temperature=0.8,
-        logits_processor=None,
-        max_history_tokens=None,
-        system=None,
-        role="user",
-        **kwargs,
-    ):
+        self, tokenizer, query, history=None, max_length=8192, num_beams=1, do_sample=True, top_p=0.8,
+        temperature=0.8, logits_processor=None, max_history_tokens=None, system=None, role="user", **kwargs,
+    ):  # fmt: skip
         """Answer `query`.
 
         Args:
@@ -219,22 +121,10 @@ class ChatMixin:
         return tokenizer.conversation.answered(self.process_response, tokenizer.answer(ids), query, history, role)
 
     def stream_chat(
-        self,
-        tokenizer,
-        query,
-        history=None,
-        past_key_values=None,
-        max_length=8192,
-        do_sample=True,
-        top_p=0.8,
-        temperature=0.8,
-        logits_processor=None,
-        return_past_key_values=False,
-        max_history_tokens=None,
-        system=None,
-        role="user",
-        **kwargs,
-    ):
+        self, tokenizer, query, history=None, past_key_values=None, max_length=8192, do_sample=True, top_p=0.8,
+        temperature=0.8, logits_processor=None, return_past_key_values=False, max_history_tokens=None, system=None,
+        role="user", **kwargs,
+    ):  # fmt: skip
         """Answer `query` step by step. Takes the arguments of `chat` and:
 
         Args:
@@ -420,15 +310,9 @@ class ChatMixin:
             )
 
     def stream_generate(
-        self,
-        input_ids,
-        generation_config=None,
-        logits_processor=None,
-        stopping_criteria=None,
-        prefix_allowed_tokens_fn=None,
-        return_past_key_values=False,
-        **kwargs,
-    ):
+        self, input_ids, generation_config=None, logits_processor=None, stopping_criteria=None,
+        prefix_allowed_tokens_fn=None, return_past_key_values=False, **kwargs,
+    ):  # fmt: skip
         """Run `generate` and yield the ids so far, int [B, T + step], after every step.
 
         Takes the arguments of `generate`, with any batch size; finished rows are padded. With
@@ -462,18 +346,9 @@ class ChatMixin:
                 yield (ids, cache) if return_past_key_values else ids
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        cache=None,
-        position_ids=None,
-        cache_position=None,
-        next_sequence_length=None,
-        is_first_iteration=None,
-        **kwargs,
-    ):
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, cache=None, position_ids=None,
+        cache_position=None, next_sequence_length=None, is_first_iteration=None, **kwargs,
+    ):  # fmt: skip
         """Prepare the arguments of `forward` for one step of `generate`.
 
         Args:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, n
     from .attention_cpu import supports  # noqa: F401
     from .attention_cpu_source import source as attention_source  # noqa: F401
     from .c_library import load  # noqa: F401
+    from .chat_template_chatglm import ChatTemplateMixin  # noqa: F401
     from .checkpoint_chatglm import read_checkpoint  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
     from .family_chatglm import find_rope_ratio_type  # noqa: F401
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, n
     from .quantization_loading import ChatGLMQuantizer  # noqa: F401
     from .quantization_stock import linear as linear_stock  # noqa: F401
     from .quantization_triton import linear as linear_triton  # noqa: F401
+    from .streaming_chatglm import stream  # noqa: F401
 
 # Rotary position embedding (Su et al., 2021, arXiv:2104.09864), over the first half of a head's channels
 
