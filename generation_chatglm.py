@@ -34,29 +34,27 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
 class ScoreCheck(LogitsProcessor):
     """Ends a generation where nan has replaced all scores of a row, as damaged weights do: they would choose noise.
 
-    The result of a step stays on its device. It is read in the first step, in every 32nd, and by `report` at the end.
+    nan stays: it is in the cache from then on. So only the first step, every 32nd and the last are looked at.
     """
 
     def __init__(self, model):
-        self.model, self.steps, self.worst, self.warned = model, 0, None, False
+        self.model, self.steps, self.scores, self.warned = model, 0, None, False
 
     def __call__(self, input_ids, scores):
-        best = scores.amax(dim=-1)  # nan if any score is; -inf among them is how processors exclude a token
-        numbers = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-        lost = best.isnan() & (numbers.amax(dim=-1) == -math.inf)
-        level = (~(best < math.inf)).any().int() + lost.any().int()
-        self.worst = level if self.worst is None else torch.maximum(self.worst, level)
+        self.scores = scores
         if self.steps % 32 == 0:
             self.report()
         self.steps += 1
         return scores
 
     def report(self):
-        """Raise ValueError if all scores of a row were nan; warn once of single ones."""
-        worst = 0 if self.worst is None else self.worst.item()
-        if worst == 2:
+        """Raise ValueError if all scores of a row are nan; warn once of single ones. -inf excludes a token."""
+        if self.scores is None or bool((self.scores.amax(dim=-1) < math.inf).all()):  # nan is not less, either
+            return
+        numbers = self.scores.nan_to_num(nan=-math.inf, posinf=math.inf)
+        if (self.scores.isnan().any(-1) & (numbers.amax(dim=-1) == -math.inf)).any():
             raise nan_scores_error(self.model)
-        if worst == 1 and not self.warned:
+        if not self.warned:
             self.warned = True
             warnings.warn("some scores are nan or inf; chat makes them finite and goes on", stacklevel=2)
 
