@@ -274,7 +274,7 @@ def test_rotation_matches_torch(instructions, dtype, B, T, D, rows):
 
 
 def test_plain_functions_compute_what_it_does_not(make_config, monkeypatch):
-    """With gradients, in float64, under torch.compile, without a compiler; and the C code otherwise."""
+    """With gradients, in float64, under torch.func, without a compiler; and the C code otherwise."""
     calls = []
     either = inference_cpu.in_c(lambda x: calls.append(1) or x, lambda x: x.shape[0] == 1)(lambda x: x)
     x = torch.zeros(1, 2)
@@ -282,6 +282,9 @@ def test_plain_functions_compute_what_it_does_not(make_config, monkeypatch):
         either(other)
     with torch.enable_grad():
         either(x)
+    torch.func.vmap(either)(x[None])
+    with torch.autograd.forward_ad.dual_level():
+        either(torch.autograd.forward_ad.make_dual(x, x))
     assert calls == []
     either(x)
     assert calls == [1]
