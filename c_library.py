@@ -15,6 +15,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -34,6 +35,8 @@ class CompileError(OSError):
 def load(name: str, source: Callable[[str], str], functions: Dict[str, Sequence]) -> Tuple[Optional[ctypes.CDLL], str]:
     """Return (the library, "") or (None, the reason and the remedy in one line).
 
+    The library's `instructions` is what it was compiled for, "avx512" or "avx2".
+
     Args:
         name: of the library's file in the cache.
         source: "avx512" or "avx2" -> the C code, for each of `instructions()` until one compiles.
@@ -52,7 +55,9 @@ def load(name: str, source: Callable[[str], str], functions: Dict[str, Sequence]
             key = hashlib.sha256(b"\0".join((text, version, *map(os.fsencode, (*compiler, *flags))))).hexdigest()[:16]
             path = os.path.join(folder, f"{name}-{key}.so")
             try:
-                return (cached(path, functions) or build(path, text, compiler, flags, functions)), ""
+                library = cached(path, functions) or build(path, text, compiler, flags, functions)
+                library.instructions = kind
+                return library, ""
             except CompileError as error:  # an older compiler may support only the slower instructions
                 reason = str(error)
     except (OSError, ValueError) as error:
@@ -155,6 +160,8 @@ def build(
 ) -> ctypes.CDLL:
     """Compile a library, load it, and keep it at `path`. Processes may overlap: each renames a complete file."""
     sweep(os.path.dirname(path))
+    if sys.stderr and sys.stderr.isatty():
+        print("Compiling C kernels for this CPU: a few seconds, once", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=BUILD, dir=os.path.dirname(path)) as folder:
         code, object_file, library = (os.path.join(folder, "kernel." + suffix) for suffix in ("c", "o", "so"))
         with open(code, "wb") as file:

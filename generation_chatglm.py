@@ -2,15 +2,20 @@
 
 import contextlib
 import contextvars
+import copy
+import math
 import queue
 import threading
 import warnings
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .attention_chatglm import KEYWORDS, causal_mask
+from .checkpoint_chatglm import shorten
+from .family_chatglm import PLACEHOLDER, Roles, with_date
 from .torch_compat import autocast_dtype
 from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, is_static, take_cache
 
@@ -100,14 +105,60 @@ def thread_state(device):
 
 # keyword arguments that `generate` passes to `forward`, besides those of the attention
 FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
-PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # the released models write this for the date of their training
+ITS_OWN = {"tokenizer"}  # what some releases leave among them, and forward does not need
+
+GENERATING = contextvars.ContextVar("generating", default=False)  # `generate` calls that of an assistant model
 
 
-class FiniteScores(LogitsProcessor):
+class InvalidScoreLogitsProcessor(LogitsProcessor):
     """Clamps scores to [-10,000, 10,000], nan to the lowest, so that temperature and sampling cannot fail."""
 
     def __call__(self, input_ids, scores):
         return scores.nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
+
+
+class ScoreCheck(LogitsProcessor):
+    """Ends a generation where nan has replaced all scores of a row, as damaged weights do: they would choose noise.
+
+    The result of a step stays on its device. It is read in the first step, in every 32nd, and by `report` at the end.
+    """
+
+    def __init__(self, model):
+        self.model, self.steps, self.worst, self.warned = model, 0, None, False
+
+    def __call__(self, input_ids, scores):
+        best = scores.amax(dim=-1)  # nan if any score is; -inf among them is how processors exclude a token
+        numbers = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        lost = best.isnan() & (numbers.amax(dim=-1) == -math.inf)
+        level = (~(best < math.inf)).any().int() + lost.any().int()
+        self.worst = level if self.worst is None else torch.maximum(self.worst, level)
+        if self.steps % 32 == 0:
+            self.report()
+        self.steps += 1
+        return scores
+
+    def report(self):
+        """Raise ValueError if all scores of a row were nan; warn once of single ones."""
+        worst = 0 if self.worst is None else self.worst.item()
+        if worst == 2:
+            raise nan_scores_error(self.model)
+        if worst == 1 and not self.warned:
+            self.warned = True
+            warnings.warn("some scores are nan or inf; chat makes them finite and goes on", stacklevel=2)
+
+
+def nan_scores_error(model):
+    """The error if a step has no score that is a number, with the weights that are at fault."""
+    damaged = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all()
+    ]
+    if damaged:
+        cause = f"{shorten(damaged)} contain nan or inf. The checkpoint is damaged: download it again."
+    else:
+        cause = f"its weights are finite, so a value left the range of {model.dtype}. Load it in bfloat16 or float32."
+    return ValueError(f"The model's scores are all nan: {cause}")
 
 
 class ChatMixin:
@@ -127,40 +178,45 @@ class ChatMixin:
         temperature=0.8,
         logits_processor=None,
         max_history_tokens=None,
+        system=None,
+        role="user",
         **kwargs,
     ):
         """Answer `query`.
 
         Args:
             tokenizer: a ChatGLMTokenizer.
-            query: the user's message, a non-empty string.
-            history: earlier rounds as (query, response), oldest first; not modified.
+            query: the user's message.
+            history: earlier rounds as (query, response), oldest first; not modified. As in the original, a text may be
+                empty, and None is written into the prompt as "None". For ChatGLM3 messages, {"role", "content"}.
             max_length: limit on prompt and response tokens together, unless `max_new_tokens` is given.
             num_beams, do_sample, top_p, temperature: as for `generate`. A `generation_config` in the keyword
                 arguments replaces these and max_length.
-            logits_processor: a list of logits processors; not modified. After them nan and inf are made finite, so
-                that no step raises.
+            logits_processor: a list of logits processors; not modified. After them single nan and inf are made finite,
+                so that no step raises.
             max_history_tokens: drop the oldest rounds from the prompt until the rest has at most this many tokens.
+            system: instructions for the whole conversation, in front of its first round.
+            role: for ChatGLM3: "observation" if `query` is what a tool returned, "system" for instructions.
             **kwargs: passed to `generate`.
 
         Returns:
-            The response, and the history with (query, response) appended, a new list of tuples.
+            The response, and a new list: the history with (query, response), for ChatGLM3 with both messages. Where
+            ChatGLM3 calls a tool, the response is {"name", "parameters"}: pass on the result with role="observation".
 
         Raises:
-            ValueError: an empty query, a malformed history, or a prompt that exceeds `seq_length`.
+            ValueError: a malformed query or history, a prompt that exceeds `seq_length`, or scores that are all nan.
         """
-        history = checked_history(query, history)
+        history = tokenizer.conversation.checked(query, history, role)
         if (kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("chat returns one answer: set num_return_sequences=1, or use generate.")
-        kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
-        inputs = self.build_inputs(tokenizer, query, kept)
+        kept = self._recent_rounds(tokenizer, query, history, max_history_tokens, role)
+        inputs = self.build_inputs(tokenizer, query, kept, system, role)
         prompt_length = inputs["input_ids"].shape[1]
         sampling = {"num_beams": num_beams, "do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
         output = self.generate(**inputs, **settings)
         ids = getattr(output, "sequences", output)[0, prompt_length:].tolist()
-        response = self._response(tokenizer, ids)
-        return response, [*history, (query, response)]
+        return tokenizer.conversation.answered(self.process_response, tokenizer.answer(ids), query, history, role)
 
     def stream_chat(
         self,
@@ -175,29 +231,31 @@ class ChatMixin:
         logits_processor=None,
         return_past_key_values=False,
         max_history_tokens=None,
+        system=None,
+        role="user",
         **kwargs,
     ):
         """Answer `query` step by step. Takes the arguments of `chat` and:
 
         Args:
             past_key_values: the cache from the previous round, even if that round was interrupted; only the new round
-                is then encoded. (As in the original, it lacks the last token of an interrupted answer.) An empty cache
-                is filled with the whole prompt.
+                is then encoded, since the cache holds `system` and `history`. (As in the original, it lacks the last
+                token of an interrupted answer.) An empty cache is filled with the whole prompt.
             return_past_key_values: also yield the cache, one object that is updated in place.
 
         Yields:
             (text so far, history with it[, cache]). Each text extends the previous one and never ends in the middle of
             a character; the last one is complete. A round interrupted before its first text leaves the cache unchanged.
         """
-        history = checked_history(query, history)
+        history = tokenizer.conversation.checked(query, history, role)
         held = 0 if past_key_values is None else past_key_values.get_seq_length()
         if not held:
-            kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
-            inputs = self.build_inputs(tokenizer, query, kept)
+            kept = self._recent_rounds(tokenizer, query, history, max_history_tokens, role)
+            inputs = self.build_inputs(tokenizer, query, kept, system, role)
         elif max_history_tokens is not None:
             raise ValueError("max_history_tokens cannot drop rounds from a cache: pass it or past_key_values.")
         else:
-            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values)
+            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values, role)
         prompt_length = inputs["input_ids"].shape[1]
         sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
@@ -206,28 +264,36 @@ class ChatMixin:
             settings["cache"] = cache
 
         def output(text):
-            result = (text, [*history, (query, text)])
+            result = tokenizer.conversation.answered(self.process_response, text, query, history, role)
             return (*result, cache) if return_past_key_values else result
 
-        shown = whole = ""
+        shown, text = None, ""
         try:
             for ids in self.stream_generate(**inputs, **settings):
-                whole = self._response(tokenizer, ids[0, prompt_length:].tolist())
-                text = without_partial_placeholder(whole)
-                if text and text != shown:
-                    shown = text
-                    yield output(text)
+                text = tokenizer.answer(ids[0, prompt_length:].tolist())
+                known = output(without_partial_placeholder(text))
+                if known[0] and known != shown and not tokenizer.conversation.is_undecided(text, history):
+                    shown = known
+                    yield known
         except BaseException:
             if not shown and cache is not None and cache.get_seq_length() > held:
                 crop_cache(cache, cache.get_seq_length() - held)
             raise
-        if whole != shown or not shown:
-            yield output(whole)
+        known = output(text)
+        if known != shown:
+            yield known
 
-    def build_inputs(self, tokenizer, query, history=None):
+    def build_inputs(self, tokenizer, query, history=None, system=None, role="user"):
         """The model's inputs for `query` after `history`: input_ids, attention_mask, position_ids, int [1, T]."""
-        prompt = tokenizer.build_prompt(query, history)
-        return tokenizer([prompt], return_tensors="pt").to(self._input_device())
+        ids = tokenizer.conversation.prompt(tokenizer, query, history or [], role, system)
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self._input_device())
+
+    def build_stream_inputs(self, tokenizer, query, history=None, role="user"):
+        """As `build_inputs`, but of the new round alone, to follow a cache that holds `history`."""
+        if not history:
+            return self.build_inputs(tokenizer, query, role=role)
+        ids = tokenizer.conversation.next_round(tokenizer, query, history, role)
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self._input_device())
 
     def _input_device(self):
         """The device for input_ids: the embedding's, or the one that accelerate moves an offloaded embedding to."""
@@ -237,33 +303,33 @@ class ChatMixin:
             return torch.device(target)
         return self.get_input_embeddings().weight.device
 
-    def process_response(self, response):
-        """Strip an answer, and fill its placeholder for the training date."""
-        return response.strip().replace(PLACEHOLDER, TRAINING_DATE)
+    def process_response(self, response, history=None):
+        """Strip an answer, and fill its placeholder for the training date.
 
-    def _response(self, tokenizer, ids):
-        return self.process_response(tokenizer.decode(tokenizer.without_half_character(ids)))
+        With `history`, messages that end with the one that was answered, the text is ChatGLM3's: returns (response,
+        history with the answer), see `Roles.response`.
+        """
+        return with_date(response.strip()) if history is None else Roles().response(response, history)
 
-    def _recent_rounds(self, tokenizer, query, history, max_history_tokens):
+    @staticmethod
+    def _recent_rounds(tokenizer, query, history, max_history_tokens, role="user"):
         """The last rounds of `history` that take at most `max_history_tokens` tokens."""
         if max_history_tokens is None:
             return history
 
         def tokens(rounds):
-            return len(tokenizer(tokenizer.build_prompt(query, rounds))["input_ids"])
+            return len(tokenizer.conversation.prompt(tokenizer, query, rounds, role))
 
-        alone = tokens([])
-        first = next(
-            (i for i in range(len(history)) if tokens(history[i:]) - alone <= max_history_tokens), len(history)
-        )
-        return history[first:]
+        kept, rounds = tokenizer.conversation.split(history)
+        alone = tokens(kept)
+        while rounds and tokens(kept + sum(rounds, [])) - alone > max_history_tokens:
+            rounds = rounds[1:]
+        return kept + sum(rounds, [])
 
-    def _next_round_inputs(self, tokenizer, query, history, past_key_values):
+    def _next_round_inputs(self, tokenizer, query, history, past_key_values, role):
         """Inputs of a new round after the cache. `generate` needs ids for cached tokens too, but never reads them."""
-        text = "\n\n" + tokenizer.build_round(len(history) + 1, query)
-        new = tokenizer.encode(text, add_special_tokens=False)[1:]  # without the space that every text begins with
-        cached = [tokenizer.pad_token_id] * self.transformer.count_cached_tokens(past_key_values)
-        input_ids = torch.tensor([cached + new], device=self._input_device())
+        new = self.build_stream_inputs(tokenizer, query, history, role)["input_ids"]
+        input_ids = F.pad(new, (self.transformer.count_cached_tokens(past_key_values), 0))
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def _chat_settings(self, tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs):
@@ -273,33 +339,85 @@ class ChatMixin:
         settings, given = dict(kwargs), kwargs.get("generation_config")
         if given is None:
             given = self.generation_config
-            settings.update(sampling if sampling["do_sample"] else {**sampling, "top_p": None, "temperature": None})
+            if not (sampling["do_sample"] and sampling["temperature"]):  # temperature 0 is greedy decoding
+                sampling = {**sampling, "do_sample": False, "top_p": None, "temperature": None}
+            settings.update(sampling)
+        stops = tokenizer.stop_ids()
+        if len(stops) > 1 and not (given is kwargs.get("generation_config") and given.eos_token_id is not None):
+            settings.setdefault("eos_token_id", stops)
         if settings.get("stop_strings") or getattr(given, "stop_strings", None):
             settings["tokenizer"] = tokenizer
-        new = kwargs.get("max_new_tokens") or given.max_new_tokens
+        new = given.max_new_tokens if kwargs.get("max_new_tokens") is None else kwargs["max_new_tokens"]
         if new is not None:
             self._check_room(prompt_length, new)
         elif "generation_config" not in kwargs:
-            settings["max_length"] = min(max_length or self.config.seq_length, self.config.seq_length)
+            limit = self.config.seq_length
+            settings["max_length"] = limit if max_length is None else min(max_length, limit)
             if prompt_length >= settings["max_length"]:
                 raise ValueError(
                     f"The prompt has {prompt_length} tokens, which leaves none for an answer: max_length={max_length}, "
                     f"seq_length={self.config.seq_length}. Shorten the query, drop rounds with max_history_tokens, or "
                     "raise max_length up to seq_length."
                 )
-        settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), FiniteScores()])
+        settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
         return settings
+
+    # Generation
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """As in transformers, but never beyond `seq_length`: there, the answer ends as at max_length.
+
+        Raises:
+            ValueError: prompt and the argument max_new_tokens exceed `seq_length`, or all scores are nan; and what
+                transformers raises. A max_new_tokens of a generation_config is a limit: servers and pipelines set it.
+        """
+        if GENERATING.get():  # an assistant's drafts are checked by the model that asks for them
+            return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+        prompts = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+        length = next((prompt.shape[min(1, prompt.dim() - 1)] for prompt in prompts if prompt is not None), 0)
+        generation_config = self._within_seq_length(length, generation_config, kwargs)
+        check, processors = ScoreCheck(self), LogitsProcessorList(logits_processor or [])
+        clamps = [i for i, item in enumerate(processors) if isinstance(item, InvalidScoreLogitsProcessor)]
+        processors.insert(clamps[0] if clamps else len(processors), check)
+        outer = GENERATING.set(True)
+        try:
+            output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        finally:
+            GENERATING.reset(outer)
+        check.report()
+        return output
+
+    def _within_seq_length(self, prompt_length, generation_config, kwargs):
+        """Lower the limits in `kwargs`, or in the copy of generation_config that is returned, to `seq_length`."""
+        given, room = generation_config or self.generation_config, self.config.seq_length - prompt_length
+        asked = kwargs.get("max_new_tokens")
+        self._check_room(prompt_length, 1 if asked is None else asked)
+        new = given.max_new_tokens if asked is None else asked
+        longest = given.max_length if kwargs.get("max_length") is None else kwargs["max_length"]
+        if new is None and longest in (None, 20):  # transformers' default, in some releases behind the prompt
+            new = 20
+        if new is not None:
+            changes = {"max_new_tokens": room} if new > room else {}
+        else:
+            changes = {"max_length": self.config.seq_length} if longest > self.config.seq_length else {}
+        if changes and generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**changes)
+            kwargs.pop(*changes, None)
+        else:
+            kwargs.update(changes)
+        return generation_config
 
     def _check_room(self, prompt_length, max_new_tokens):
         limit = self.config.seq_length
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no token for an answer: give 1 or more.")
         if prompt_length + max_new_tokens > limit:
             room = limit - prompt_length
             raise ValueError(
                 f"A prompt of {prompt_length} tokens and max_new_tokens={max_new_tokens} exceed seq_length={limit}. "
                 "Shorten the prompt" + (f" or lower max_new_tokens to {room}." if room > 0 else ".")
             )
-
-    # Generation
 
     def stream_generate(
         self,
@@ -317,10 +435,11 @@ class ChatMixin:
         `return_past_key_values` it yields (ids, cache).
 
         Raises:
-            ValueError: prompt and `max_new_tokens` exceed `seq_length`, or beam search, which cannot be streamed.
+            ValueError: prompt and `max_new_tokens` exceed `seq_length`; beam search, which cannot be streamed; and as
+                `generate`.
         """
         new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
-        self._check_room(input_ids.shape[1], new or 0)
+        self._check_room(input_ids.shape[1], new or 1)
         cache = take_cache(kwargs)
         if return_past_key_values and cache is None:
             cache = DynamicCache()
@@ -382,7 +501,7 @@ class ChatMixin:
         else:
             new = given if cache_position is None else cache_position.shape[0]
         total = attention_mask.shape[1] if masked else None if seen is None else seen + new
-        if new < 1 or total is not None and given not in (new, total, total - embedded):
+        if not 1 <= new <= given or given > new + (given if seen is None else seen):  # PEFT's prefix: more are cached
             raise ValueError(
                 f"A step of generate got {given} ids, {new} of them new, and a cache of {seen} tokens: it needs the "
                 "cache or the whole prompt. (prefill_chunk_size does not work with a P-Tuning prefix.)"
@@ -406,6 +525,7 @@ class ChatMixin:
             attention_mask = causal_mask(self.config, x, attention_mask, cache, cache_position=cache_position)
             position_ids = position_ids.clone(memory_format=torch.contiguous_format)
             inputs = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ITS_OWN}
         unknown = [name for name in kwargs if name not in KEYWORDS and name not in FORWARDED]
         if unknown:
             warnings.warn(f"ChatGLM2 ignores {', '.join(unknown)}, which generate passed to it", stacklevel=2)
@@ -421,15 +541,3 @@ def without_partial_placeholder(text):
         if text.endswith(PLACEHOLDER[:length]):
             return text[:-length].rstrip()
     return text
-
-
-def checked_history(query, history):
-    """Copy `history` to a list of tuples. Raises ValueError for an empty query or a round that is not two strings."""
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"query must be a non-empty string, got {query!r}")
-    if history is not None and not isinstance(history, (list, tuple)):
-        raise ValueError(f"history must be a list of (query, response), got a {type(history).__name__}")
-    for i, turn in enumerate(history or []):
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
-    return [tuple(turn) for turn in history or []]

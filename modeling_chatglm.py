@@ -5,7 +5,6 @@ Shapes:
     H query heads, G key/value groups, D head size, R = D / 2 rotated channels, P prefix tokens.
 """
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention_chatglm import causal_mask, check_arguments, choose_attention
-from .generation_chatglm import ChatMixin
+from .generation_chatglm import ChatMixin, InvalidScoreLogitsProcessor  # noqa: F401 (other code imports it from here)
 from .inference_cpu import rms_norm, rotate_in_c
 from .prefix_chatglm import PrefixEncoder
-from .pretrained_chatglm import ChatGLMPreTrainedModel, checkpointed
+from .pretrained_chatglm import ChatGLMPreTrainedModel, OriginalAttributes, checkpointed
 from .quantization import quantize
 from .torch_compat import is_compiling, without_cudnn_attention
 from .transformers_compat import (
@@ -26,7 +25,6 @@ from .transformers_compat import (
     DynamicCache,
     GenerationMixin,
     SequenceClassifierOutputWithPast,
-    attention_name,
     cache_kwargs,
     grow_in_place,
     is_paged,
@@ -37,7 +35,9 @@ from .transformers_compat import (
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
     from .c_library import load  # noqa: F401
+    from .checkpoint_chatglm import read_checkpoint  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
+    from .family_chatglm import find_rope_ratio_type  # noqa: F401
     from .inference_cpu_source import TILE  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
@@ -238,20 +238,20 @@ class GLMTransformer(nn.Module):
         return x, hidden_states or None, attentions or None
 
 
-class ChatGLMModel(ChatGLMPreTrainedModel):
+class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
     """The network up to the final norm. It also owns the output layer, as in the released checkpoints."""
 
-    def __init__(self, config, empty_init=True, device=None):
+    def __init__(self, config, empty_init=False, device=None):
         super().__init__(config)
-        self.embedding = Embedding(config)
-        self.encoder = GLMTransformer(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
-        if config.quantization_bit:  # empty int8 or int4 layers, filled from the checkpoint
-            quantize(self, config.quantization_bit, empty=True, **getattr(config, "quantization_options", {}))
-        if config.pre_seq_len:
-            self.prefix_encoder = PrefixEncoder(config)
+        with self.building(empty_init, device):
+            self.embedding = Embedding(config)
+            self.encoder = GLMTransformer(config)
+            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+            if config.quantization_bit:  # empty int8 or int4 layers, filled from the checkpoint
+                quantize(self, config.quantization_bit, empty_init=True, **config.quantization_options)
+            if config.pre_seq_len:
+                self.prefix_encoder = PrefixEncoder(config)
         self.freeze_all_but_prefix()
-        self.post_init()
 
     def freeze_all_but_prefix(self):
         """P-Tuning trains only the prefix."""
@@ -278,6 +278,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 use_cache=False, a jump in them starts another packed sequence.
             attention_mask: [B, S] over cached and new tokens, without the P-Tuning prefix: 1 for real tokens, 0 for
                 padding. A 4D mask is passed to the attention function unchanged.
+            output_attentions: return the attention weights, for which this call uses eager attention in place of sdpa.
             full_attention_mask: boolean [B, T, S] or [B, 1, T, S], True where a query may *not* attend; replaces the
                 causal mask and the padding of attention_mask, and covers the P-Tuning prefix, too.
             cache, past_key_values: two names of the key/value cache, (B, G, S, D) per layer, updated in place.
@@ -290,7 +291,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         Raises:
             TypeError: an unknown keyword argument.
             ValueError: both or neither of input_ids and inputs_embeds, an id outside the vocabulary (on a CPU), a mask
-                of the wrong length, two caches, or output_attentions with a fused attention function.
+                of the wrong length, two caches, or output_attentions with an attention function of transformers.
         """
         config = self.config
         cache = take_cache(kwargs, cache, past_key_values)
@@ -298,7 +299,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         cache, use_cache = self._resolve_cache(cache, use_cache)
-        output_attentions = self._resolve_output_attentions(output_attentions)
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
@@ -317,12 +318,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         mask = causal_mask(config, x, attention_mask, cache, position_ids, prefix=prefix, **update_kwargs)
 
         lengths_vary = x.is_cuda and not (torch.is_grad_enabled() or is_compiling() or is_static(cache))
-        with without_cudnn_attention() if lengths_vary else nullcontext():
+        with without_cudnn_attention(lengths_vary):
             x, hidden_states, attentions = self.encoder(
                 x,
                 rotary,
                 mask,
-                choose_attention(config, x, mask, is_paged(cache), self.training),
+                choose_attention(config, x, mask, is_paged(cache), self.training, output_attentions),
                 cache=cache,
                 cache_kwargs=update_kwargs,
                 prefix=prefix,
@@ -355,16 +356,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             grow_in_place(cache)
         return cache, use_cache
 
-    def _resolve_output_attentions(self, output_attentions):
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        name = attention_name(self.config)
-        if output_attentions and name != "eager":
-            raise ValueError(
-                f"output_attentions=True: attn_implementation={name!r} does not compute attention weights. Load the "
-                "model with attn_implementation='eager'."
-            )
-        return output_attentions
-
     def count_cached_tokens(self, cache):
         """Number of tokens in the cache, excluding the P-Tuning prefix."""
         seen = 0 if cache is None or is_paged(cache) else cache.get_seq_length()
@@ -391,10 +382,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM2 with `generate` and chat; AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM load this class."""
 
-    def __init__(self, config, empty_init=True, device=None):
+    def __init__(self, config, empty_init=False, device=None):
         super().__init__(config)
-        self.transformer = ChatGLMModel(config)
-        self.post_init()
+        with self.building(empty_init, device):
+            self.transformer = ChatGLMModel(config)
 
     def get_output_embeddings(self):
         return self.transformer.output_layer
@@ -449,9 +440,8 @@ def causal_lm_loss(logits, labels, num_items_in_batch=None):
     """
     if logits.shape[1] != labels.shape[1]:
         raise ValueError(f"{labels.shape[1]} labels for {logits.shape[1]} logits: set logits_to_keep=0 with labels.")
-    targets = (
-        F.pad(labels[:, 1:], (0, 1), value=-100).flatten().to(logits.device)
-    )  # (B T); the last one has no next token
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position has no next token
+    targets = targets.flatten().to(logits.device)  # (B T)
     chunks = zip(logits.flatten(0, 1).split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
     total = sum(checkpoint(summed_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks)
     return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
@@ -464,13 +454,14 @@ def summed_cross_entropy(logits, targets):
 class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
     """A linear classifier on the hidden state of the last real token."""
 
-    def __init__(self, config, empty_init=True, device=None):
+    def __init__(self, config, empty_init=False, device=None):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.transformer = ChatGLMModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        with self.building(empty_init, device):
+            self.transformer = ChatGLMModel(config)
+            self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+            self.classifier_head.torch_init = True
 
     def forward(
         self, input_ids=None, position_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None,

@@ -3,6 +3,7 @@
 Shapes: B batch size, T new tokens, P prefix tokens, G key/value groups, D head size, L layers.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -26,12 +27,18 @@ class PrefixEncoder(nn.Module):
             self.trans = nn.Sequential(
                 nn.Linear(size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
             )
+        for module in self.modules():  # initial values as in torch, see ChatGLMPreTrainedModel._init_weights
+            module.torch_init = isinstance(module, (nn.Embedding, nn.Linear))
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, batch_size, dtype):
+    def forward(self, prefix_ids):
+        """The rows of `prefix_ids` [B, P], numbers from 0 to pre_seq_len - 1: (B, P, 2 L G D)."""
+        return self.trans(self.embedding(prefix_ids))
+
+    def keys_and_values(self, batch_size, dtype):
         """Return (key, value) for each layer, both (B, G, P, D)."""
         config = self.config
-        prefix = self.trans(self.embedding.weight).to(dtype)  # (P, 2 L G D)
+        prefix = self(torch.arange(config.pre_seq_len, device=self.embedding.weight.device)).to(dtype)  # (P, 2 L G D)
         prefix = prefix.view(config.pre_seq_len, 2 * config.num_layers, config.num_key_value_heads, config.kv_channels)
         prefix = prefix.permute(1, 2, 0, 3)[:, None].expand(-1, batch_size, -1, -1, -1)  # (2 L, B, G, P, D)
         prefix = self.dropout(prefix)
@@ -63,7 +70,7 @@ class PrefixEncoder(nn.Module):
             attention_mask = F.pad(attention_mask, (P, 0), value=1)
         if held:
             return None, attention_mask
-        prefix = self(x.shape[0], x.dtype)
+        prefix = self.keys_and_values(x.shape[0], x.dtype)
         if cache is None:
             return prefix, attention_mask
         step = cache_kwargs(cache, P, x.device)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .c_library import load
 from .quantization_cpu_source import WIDEST, source
-from .quantization_format import Family, Layout, without_overflow
+from .quantization_format import Family, Layout, check_finite, check_shape, quantize_weight, without_overflow
 from .quantization_stock import linear as stock_linear
+from .torch_compat import needs_dispatch
 
 ROWS, GROUP = 32, 128  # a block of the layout: output rows, inputs
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -24,6 +25,8 @@ ADDRESS, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 FUNCTIONS = {  # of the C library, with their arguments
     "linear": [ADDRESS] * 6 + [LONG] * 5 + [INT] * 4,
     "linear_float32": [ADDRESS] * 6 + [LONG] * 4 + [INT] * 3,
+    "lay_out": [ADDRESS] * 2 + [LONG] * 2 + [INT] * 3,
+    "quantize": [ADDRESS] * 3 + [LONG] * 2 + [INT] * 3,
 }
 
 
@@ -74,36 +77,60 @@ def layout_shape(out_features: int, in_features: int, bits: int) -> Tuple[int, i
 
 def to_layout(weight: Tensor, bits: int) -> Tensor:
     """The released packing, int8 [out, in] or [out, in / 2] -> the layout, int8 of `layout_shape`."""
-    shape = layout_shape(weight.shape[0], weight.shape[1] * 8 // bits, bits)
-    blocks, steps, _ = shape
-    layout = _on_large_pages(blocks * steps * ROWS * 4).view(shape)
-    for block in range(0, blocks, 16):
-        part = weight[block * ROWS : (block + 16) * ROWS]
-        part = F.pad(part, (0, steps * 4 - weight.shape[1], 0, -part.shape[0] % ROWS))
-        part = part.reshape(-1, ROWS, steps, 4)  # 4 bytes per row and step for int8 and int4
-        if bits == 8:
-            part = part ^ -128
-        else:  # nibbles (0, 1) (2, 3) (4, 5) (6, 7) -> (4, 0) (5, 1) (6, 2) (7, 3), high first, each with q + 8
-            even, odd = (part >> 4) & 15, part & 15
-            inputs = torch.stack((even, odd), dim=-1).flatten(-2) ^ 8
-            part = inputs[..., 4:] << 4 | inputs[..., :4]
-        layout[block : block + 16] = part.transpose(1, 2).flatten(-2)
+    (out, columns), weight = weight.shape, weight.contiguous()
+    shape = layout_shape(out, columns * 8 // bits, bits)
+    layout = _on_large_pages(shape[0] * shape[1] * shape[2]).view(shape)
+    _call("lay_out", weight, layout, out, columns, bits, False, torch.get_num_threads())
     return layout
 
 
 def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
-    """The inverse of `to_layout`, in plain torch so that it runs on any device."""
-    packed = torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=layout.device)
-    for block in range(0, layout.shape[0], 16):
-        part = layout[block : block + 16].unflatten(-1, (ROWS, 4)).transpose(1, 2)  # [block, row, step, byte]
-        if bits == 8:
-            part = part ^ -128
-        else:
-            inputs = torch.cat((part & 15, (part >> 4) & 15), dim=-1) ^ 8
-            part = inputs[..., 0::2] << 4 | inputs[..., 1::2]
-        rows = packed[block * ROWS : (block + 16) * ROWS]
-        rows.copy_(part.flatten(2).flatten(0, 1)[: rows.shape[0], : rows.shape[1]])
+    """The inverse of `to_layout`."""
+    if layout.device.type != "cpu" or needs_dispatch(layout.detach()):  # for example, a compiled backward
+        return from_layout_reference(layout, out_features, in_features, bits)
+    shape = out_features, in_features * bits // 8
+    packed = _on_large_pages(shape[0] * shape[1]).view(shape)
+    _call("lay_out", packed, layout.contiguous(), *shape, bits, True, torch.get_num_threads())
     return packed
+
+
+def to_layout_reference(weight: Tensor, bits: int) -> Tensor:
+    """`to_layout` in plain torch."""
+    blocks, steps, _ = shape = layout_shape(weight.shape[0], weight.shape[1] * 8 // bits, bits)
+    rows = F.pad(weight, (0, steps * 4 - weight.shape[1], 0, blocks * ROWS - weight.shape[0]))
+    rows = rows.view(blocks, ROWS, steps, 4)  # 4 bytes per row and step for int8 and int4
+    if bits == 8:
+        rows = rows ^ -128
+    else:  # nibbles (0, 1) (2, 3) (4, 5) (6, 7) -> (4, 0) (5, 1) (6, 2) (7, 3), high first, each with q + 8
+        inputs = torch.stack((rows >> 4 & 15, rows & 15), dim=-1).flatten(-2) ^ 8
+        rows = inputs[..., 4:] << 4 | inputs[..., :4]
+    return rows.transpose(1, 2).reshape(shape)
+
+
+def from_layout_reference(layout: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
+    """`from_layout` in plain torch, on any device."""
+    rows = layout.unflatten(-1, (ROWS, 4)).transpose(1, 2)  # [block, row, step, byte]
+    if bits == 8:
+        rows = rows ^ -128
+    else:
+        inputs = torch.cat((rows & 15, rows >> 4 & 15), dim=-1) ^ 8
+        rows = inputs[..., 0::2] << 4 | inputs[..., 1::2]
+    return rows.flatten(2).flatten(0, 1)[:out_features, : in_features * bits // 8].contiguous()
+
+
+def quantize(weight: Tensor, bits: int, group_size: Optional[int]) -> Tuple[Tensor, Tensor]:
+    """`quantize_weight`, bit for bit, in one pass over the weight."""
+    if weight.dtype not in TYPES or not weight.is_contiguous():
+        return quantize_weight(weight, bits, group_size)
+    out, columns = weight.shape
+    check_shape(weight, bits, group_size)
+    groups = (out,) if group_size is None else (out, columns // group_size)
+    packed = _on_large_pages(out * columns * bits // 8).view(out, columns * bits // 8)
+    scale = torch.empty(groups, dtype=weight.dtype, device="cpu")
+    options = group_size or columns, bits, TYPES[weight.dtype], torch.get_num_threads()
+    _call("quantize", weight, packed, scale, scale.numel(), *options)
+    check_finite(scale)
+    return packed, scale
 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
@@ -140,5 +167,5 @@ def _call(name, *arguments):
 
 # A weight in the released packing uses torch's operators: converting it for a single call would take longer.
 FAMILY = Family(
-    stock_linear, unavailable, Layout(torch.int8, layout_shape, fits_layout, to_layout, from_layout, linear)
+    stock_linear, unavailable, Layout(torch.int8, layout_shape, fits_layout, to_layout, from_layout, linear), quantize
 )

@@ -317,6 +317,22 @@ def _words(x_ptr, X: tl.constexpr):
         return x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
+def _add_product(
+    sums, w, x, x_odd, scales, BITS: tl.constexpr, X: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr
+):
+    """sums + W x of one block by tensor cores. x: int4's even columns, or int8's all; x_odd: int4's odd ones."""
+    if BITS == 4:
+        w_even, w_odd = _int4_half(w, X, PTX)
+        if GROUP:
+            w_even, w_odd = (w_even.to(tl.float32) * scales).to(X), (w_odd.to(tl.float32) * scales).to(X)
+        return tl.dot(w_odd, x_odd, tl.dot(w_even, x, sums))
+    else:
+        w_all = _int8_half(w, X, PTX)
+        if GROUP:
+            w_all = (w_all.to(tl.float32) * scales).to(X)
+        return tl.dot(w_all, x, sums)
+
+
 def _finish(sums, outs, out, scale_ptr, bias_ptr, has_bias, GROUP: tl.constexpr):
     """Multiply the float32 sums [BLOCK_O, ...] of `outs` by the scales of their rows and add the bias."""
     if not GROUP:
@@ -386,18 +402,13 @@ def _skinny(
             scales = tl.load(scale_ptr + offsets, (segments < width)[:, None, :], other=0).to(tl.float32)
             scales = tl.broadcast_to(scales[:, :, :, None], [SLICES, BLOCK_O, BLOCK_P // SEGMENT, SEGMENT])
             scales = tl.reshape(scales, [SLICES, BLOCK_O, BLOCK_P])
-        if BITS == 4:
-            w_even, w_odd = _int4_half(w, X, PTX)
-            x_even, x_odd = _pair(x, X)
-            if GROUP:
-                w_even, w_odd = (w_even.to(tl.float32) * scales).to(X), (w_odd.to(tl.float32) * scales).to(X)
-            sums = tl.dot(w_even, x_even, sums)
-            sums = tl.dot(w_odd, x_odd, sums)
         else:
-            w_all = _int8_half(w, X, PTX)
-            if GROUP:
-                w_all = (w_all.to(tl.float32) * scales).to(X)
-            sums = tl.dot(w_all, x, sums)
+            scales = None
+        if BITS == 4:
+            x, x_odd = _pair(x, X)
+        else:
+            x_odd = None
+        sums = _add_product(sums, w, x, x_odd, scales, BITS, X, GROUP, PTX)
     y = tl.sum(sums, axis=0)
     y = _finish(y, outs[:, None], out, scale_ptr, bias_ptr, has_bias, GROUP)
     y_ptrs = y_ptr + ns[None, :].to(tl.int64) * out + outs[:, None]
@@ -430,18 +441,13 @@ def _tile(
             scales = tl.load(scale_ptr + offsets, (segments < width)[None, :], other=0).to(tl.float32)
             scales = tl.broadcast_to(scales[:, :, None], [BLOCK_O, BLOCK_P // SEGMENT, SEGMENT])
             scales = tl.reshape(scales, [BLOCK_O, BLOCK_P])
+        else:
+            scales = None
         if BITS == 4:
             x_odd = tl.load(x_ptrs + width + start, (cols < width - start)[:, None], other=0)
-            w_even, w_odd = _int4_half(w, X, PTX)
-            if GROUP:
-                w_even, w_odd = (w_even.to(tl.float32) * scales).to(X), (w_odd.to(tl.float32) * scales).to(X)
-            sums = tl.dot(w_even, x, sums)
-            sums = tl.dot(w_odd, x_odd, sums)
         else:
-            w_all = _int8_half(w, X, PTX)
-            if GROUP:
-                w_all = (w_all.to(tl.float32) * scales).to(X)
-            sums = tl.dot(w_all, x, sums)
+            x_odd = None
+        sums = _add_product(sums, w, x, x_odd, scales, BITS, X, GROUP, PTX)
     y = _finish(sums, outs[:, None], out, scale_ptr, bias_ptr, has_bias, GROUP)
     y_ptrs = y_ptr + ns[None, :].to(tl.int64) * out + outs[:, None]
     tl.store(y_ptrs, y.to(X), (outs[:, None] < out) & (ns[None, :] < rows))
@@ -480,7 +486,7 @@ def kernels() -> dict:
 
     names = globals()
     names["tl"] = triton.language
-    for helper in (_int4, _int8, _int4_half, _int8_half, _pair, _words, _finish):
+    for helper in (_int4, _int8, _int4_half, _int8_half, _pair, _words, _add_product, _finish):
         names[helper.__name__] = triton.jit(getattr(helper, "fn", helper))  # another thread may have wrapped it
     jit = triton.jit(do_not_specialize=["rows", "has_bias"])  # one build for every N, with and without a bias
     products = {"matvec": jit(_matvec), "skinny": jit(_skinny), "tile": jit(_tile)}

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, modeling_outputs
+from transformers.utils import logging
 
 from .torch_compat import is_compiling
 
@@ -295,11 +296,6 @@ class ConfigFallbacks:
 class ModelFallbacks:
     """Features of PreTrainedModel in newer releases; must precede it in the bases."""
 
-    if VERSION < (4, 35):  # delete with 4.35
-
-        def save_pretrained(self, *args, safe_serialization=True, **kwargs):
-            super().save_pretrained(*args, safe_serialization=safe_serialization, **kwargs)
-
     @classmethod
     def from_pretrained(cls, *args, **kwargs):  # the default was float32, the name `torch_dtype`; delete with 5.0
         stored = getattr(kwargs.get("config"), "dtype", None)  # set by a release that uses this name
@@ -329,6 +325,33 @@ def as_dtype(name):
 # ---- generate -------------------------------------------------------------------------------------------------------
 
 
+class LineStreamer:
+    """Lets a TextStreamer keep the first space of a line, also of the first line behind a prompt that it skips.
+
+    Before 5.24 it forgets the tokens of a line at its end and decodes the next line by itself, where SentencePiece
+    drops the first space as in front of every text: code lost one column of its indentation. With the line feed left in
+    its cache, as printed already, the next line is decoded behind it.
+    """
+
+    def __init__(self, streamer):
+        self.streamer, self.line_feed = streamer, None
+
+    def put(self, value):
+        streamer = self.streamer
+        streamer.put(value)
+        if streamer.token_cache:
+            return
+        last = value.flatten()[-1:].tolist()
+        text = streamer.tokenizer.decode(last, **streamer.decode_kwargs)
+        if text.endswith("\n"):
+            self.line_feed = last, len(text)
+        if self.line_feed:
+            streamer.token_cache, streamer.print_len = list(self.line_feed[0]), self.line_feed[1]
+
+    def end(self):
+        self.streamer.end()
+
+
 class GenerationMixin(transformers.GenerationMixin):
     """transformers' `generate`, which takes the cache under both names on every release."""
 
@@ -337,6 +360,8 @@ class GenerationMixin(transformers.GenerationMixin):
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE] = cache
+        if isinstance(kwargs.get("streamer"), transformers.TextStreamer):
+            kwargs["streamer"] = LineStreamer(kwargs["streamer"])
         if VERSION < (4, 49):  # compute logits only for the prompt's last token; delete with 4.49
             drafted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
             if not (drafted or getattr(kwargs.get("generation_config"), "prompt_lookup_num_tokens", None)):
@@ -461,6 +486,11 @@ def register_quantization(method, config_class, quantizer_class):
     """Register `method` for from_pretrained's quantization_config; a later import replaces an earlier one."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
     AUTO_QUANTIZER_MAPPING[method] = quantizer_class
+
+
+def progress_bar(items, title):
+    """`items`, with a bar in a terminal if they take over a second; transformers' disable_progress_bar hides it."""
+    return logging.tqdm(items, desc=title, disable=None, delay=1)
 
 
 # ---- serving --------------------------------------------------------------------------------------------------------

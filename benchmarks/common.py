@@ -61,21 +61,32 @@ def random_model(shape="small", dtype=torch.float32, device="cpu", layers=None, 
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config).to(dtype)
     model.to_empty(device=device)
-    generator = torch.Generator().manual_seed(0)
-    floats = (torch.randn(1 << 20, generator=generator) * 0.02).to(device)
-    integers = torch.randint(-128, 128, (1 << 20,), dtype=torch.int8, generator=generator).to(device)
+    fill = random_filler(config.quantization_bit)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        flat = tensor.data.view(-1)
+        fill(name, tensor.data)
+    return model.eval()
+
+
+def random_filler(bits=0):
+    """fill(name, tensor) -> the tensor with random values of the usual size; a norm has ones."""
+    generator = torch.Generator().manual_seed(0)
+    floats = torch.randn(1 << 20, generator=generator) * 0.02
+    integers = torch.randint(-128, 128, (1 << 20,), dtype=torch.int8, generator=generator)
+
+    def fill(name, tensor):
+        flat = tensor.view(-1)
         if name.endswith("weight_scale"):
-            flat.fill_(0.06 / (127 if config.quantization_bit == 8 else 7))
+            flat.fill_(0.02 / (127 if bits == 8 else 7))
         elif "norm" in name:
             flat.fill_(1)
         else:
-            source = (integers if tensor.dtype == torch.int8 else floats).to(tensor.dtype)
+            source = (integers if tensor.dtype == torch.int8 else floats).to(tensor.device, tensor.dtype)
             for i in range(0, flat.numel(), len(source)):
                 part = flat[i : i + len(source)]
                 part.copy_(source[: len(part)])
-    return model.eval()
+        return tensor
+
+    return fill
 
 
 def glm_of(model):

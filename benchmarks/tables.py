@@ -7,6 +7,7 @@ of each kind. Running it again changes nothing. The pictures need matplotlib.
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,7 +43,7 @@ PROCESSORS = ("GPU", "AVX512-VNNI", "AVX2", "other")  # each has tables of its o
 
 
 def instructions(record):
-    """The one of PROCESSORS that a run was made on; those that do not say so were made with AVX512-VNNI."""
+    """Which of PROCESSORS a run was made on; runs that do not name one had AVX512-VNNI."""
     return record["machine"].get("instructions", "AVX512-VNNI")
 
 
@@ -106,14 +107,14 @@ def markdown(header, rows, say):
 
 
 def table(header, rows, records, benchmark, say):
-    """A table, with the machines that the figures are from below it; nothing where there are no figures."""
+    """A table and, below it, the machines it was measured on; empty if there are no figures."""
     if not records:
         return ""
     return f"{markdown(header, rows, say)}\n\n{machines(records, say)}. `python benchmarks {benchmark}`"
 
 
 def kind(record):
-    """Shape, dtype and how it ran."""
+    """Shape, dtype and settings of a run."""
     settings = record["settings"]
     words = [settings.get("shape", "6b"), settings["dtype"]]
     words += [f"{settings['layers']} layers"] if settings.get("layers") else []
@@ -121,17 +122,17 @@ def kind(record):
 
 
 def rows_of(records, *columns):
-    """These columns of all rows of the runs."""
+    """These columns of the rows of all runs."""
     return [[row[key] for key in columns] for record in records for row in record["rows"]]
 
 
 def rows_by_kind(records, *columns):
-    """`rows_of`, each row behind the kind of its run."""
+    """As `rows_of`, with the settings of its run in front of each row."""
     return [[kind(record), *row] for record in records for row in rows_of([record], *columns)]
 
 
 def decode(say, processor):
-    """Times, and how much of each is the first one and what reading the longer context's bytes adds to it."""
+    """Times, and the share of each that the time at the shortest context and the added bytes explain."""
     records = newest(processor, "decode", "shape", "compiled", "dtype", "device")
     for record in records:
         first = record["rows"][0]
@@ -210,7 +211,7 @@ KERNELS = {"cpu": "the C kernel", "stock": "torch's own operators", "triton": "T
 
 
 def quantized_runs(processor):
-    """The newest whole runs of the quantized benchmark, the plain ones first; none that played another processor."""
+    """The newest whole runs of the quantized benchmark, plain ones first; without those of emulated instructions."""
     records = newest(processor, "quantized", "instructions", *SPECIAL, "bits", "dtype", "backends", "device")
     records = [r for r in records if r["settings"]["layers"] == 28 and not r["settings"].get("instructions")]
     return sorted(records, key=lambda r: ([bool(r["settings"].get(key)) for key in SPECIAL], r["settings"]["bits"]))
@@ -294,6 +295,29 @@ def quality(say, processor):
     return table(["weights", "cross entropy", "divergence", "answers"], rows, records, "quality", say)
 
 
+def starting(say, processor):
+    """The newest run's medians, of this version and of the one before it."""
+    records, rows = newest(processor, "start")[:1], []
+    for row in starts(records):
+        name = f"float16 folder, to int{row['quantize']}" if row["quantize"] else f"{row['folder']} folder"
+        version = "" if row["version"] == "after" else ", before"
+        rows.append([name + version, *(row[key] for key in STARTED)])
+    header = ["", "first sign, s", "prompt, s", "first token, s", "second, s", "longest silence, s", "peak, GB"]
+    return table(header, rows, records, "start", say)
+
+
+STARTED = ("sign", "prompt", "first_token", "second_token", "silence", "peak_gb")
+
+
+def starts(records):
+    """The starts of these runs, one a kind: the median of its rounds."""
+    kinds = {}
+    for record in records:
+        for row in record["rows"]:
+            kinds.setdefault((row["folder"], row["quantize"], row["version"]), []).append(row)
+    return [{**group[0], **{key: median(row[key] for row in group) for key in STARTED}} for group in kinds.values()]
+
+
 # `python benchmarks gpu`, whose lines are not those of the other benchmarks
 
 
@@ -371,7 +395,9 @@ def start(say, processor):
         return ""
     loaded = newest(HEADLINE, "loading")[:1]
     seconds = {row["bits"]: f"{row['seconds']} s" for record in loaded for row in record["rows"]}
-    rows, records = [], list(loaded)
+    files = newest(HEADLINE, "start")[:1]
+    started = [row for row in starts(files) if (row["folder"], row["version"]) == ("int4", "after")]
+    rows, records = [], [*loaded, *files]
     for name, call, kind, bits, small_head, source in START:
         size = f"{whole_run(HEADLINE, bits, small_head)[1]['model_gb']:.2f}"
         if kind == "GPU":
@@ -397,8 +423,8 @@ def start(say, processor):
             times = speed["ratios"].get("llama.cpp")
             cells[-1] = f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else "")
         time = seconds[bits] if source == "results" else say(NOT_YET)
-        if source == "by hand":
-            cells[1], time = BY_HAND["peak"], BY_HAND["load"]
+        if source == "start" and started:
+            cells[1], time = f"{started[0]['peak_gb']:.2f}", f"{started[0]['prompt']:.0f} s"
         rows.append([say(name), f"`{call}`", *cells, time])
     header = ["you have", "call", "weights, GB", "peak, GB", "tokens/s", "load"]
     note = say("x: relative to llama.cpp in the same run")
@@ -407,7 +433,6 @@ def start(say, processor):
 
 HEADLINE = "AVX512-VNNI"  # the one of PROCESSORS whose figures the README shows
 LOAD, INT4 = "from_pretrained(...)", "from_pretrained(..., quantization_config=int4)"
-BY_HAND = {"peak": "7.1", "load": "< 1 s"}  # int4 files, which stay mapped: see docs/performance.md
 # machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from (on a GPU: the
 # kind of `python benchmarks gpu` that stands for it)
 START = (
@@ -416,7 +441,7 @@ START = (
     ("CPU", f"{INT4}.half()", HEADLINE, 4, False, "results"),
     ("CPU, faster", f"{INT4}.half().quantize(4, embedding=True, output_layer=True)", HEADLINE, 4, True, None),
     ("CPU, not quantized", f"{LOAD}.bfloat16()", HEADLINE, 16, False, None),
-    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, "by hand"),
+    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, "start"),
     ("Mac", f'{LOAD}.half().to("mps")', "other", 16, False, None),
 )
 
@@ -489,6 +514,7 @@ MAKERS = (
     context,
     loading,
     footprint,
+    starting,
     quality,
     gpu_decode,
     gpu_prefill,
@@ -635,7 +661,7 @@ def quantized_picture(plt):
 
 
 def arguments(parser):
-    """There are none."""
+    """No figures."""
 
 
 def pages():

@@ -2,7 +2,7 @@
 """Chat in the terminal with ChatGLM2 weights, or with the tiny checkpoint of this repository.
 
     python demos/cli_demo.py                                    # the tiny checkpoint
-    python demos/cli_demo.py --model chatglm2-6b --quantize 4
+    python demos/cli_demo.py --model chatglm2-6b --quantize 4 --save chatglm2-6b-int4   # and keep the int4 files
     python demos/cli_demo.py --model chatglm2-6b --checkpoint output/lora   # a LoRA adapter, or a P-Tuning prefix
 
 Type a message and press Enter. `clear` forgets the conversation, `stop` (or Ctrl-D) quits, Ctrl-C stops an answer.
@@ -13,11 +13,13 @@ import contextlib
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from checkpoints import TINY
-from options import chat_parser, load_or_exit, sampling
+from starting import importing
+
+with importing():
+    import torch
+    from checkpoints import TINY, held_in
+    from options import chat_parser, load_or_exit, sampling
 
 
 def parse_arguments(arguments=None):
@@ -103,8 +105,8 @@ def main(arguments=None):
         import readline  # noqa: F401  (gives input() line editing and history)
     except ImportError:
         write("(no line editing: there is no readline module)\n")  # Windows
-    bits = f"int{args.quantize}" if args.quantize else str(model.dtype).replace("torch.", "")
-    write(f"{args.model}, {bits}, {model.device}. clear: new conversation, stop: quit, Ctrl-C: stop the answer.\n")
+    write(f"{args.model}: {held_in(model)}, on {model.device}.\n")
+    write("clear: new conversation, stop: quit, Ctrl-C: stop the answer.\n")
     if Path(args.model).resolve() == TINY:
         write("The tiny checkpoint has memorized examples/tiny/dialogues.jsonl and knows nothing else.\n")
         write("Try 你好, Hello or 讲个笑话, and `clear` before another dialogue.\n")

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from chatglm2.generation_chatglm import ScoreCheck
 from chatglm2.tokenization_chatglm import check_unicode
 from jsonl import SHORT, json_lines, text_lines
 from options import load_or_exit, model_parser
@@ -132,7 +133,7 @@ class Judge:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         spellings = [tokenizer.convert_tokens_to_ids([letter, "▁" + letter]) for letter in LETTERS]
         self.letter_ids = torch.tensor(spellings, device=model.device)  # (4, 2): an answer can start with either
-        if tokenizer.unk_token_id in self.letter_ids:
+        if tokenizer.convert_tokens_to_ids("<unk>") in self.letter_ids:
             raise ValueError(f"tokenizer.model has no piece for one of {', '.join(LETTERS)}: {spellings}")
 
     def prompt(self, question, examples=(), reserved=0):
@@ -157,6 +158,7 @@ class Judge:
         for start in range(0, len(prompts), self.batch_size):
             inputs = self.inputs(prompts[start : start + self.batch_size])
             logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()  # (B, V)
+            logits = ScoreCheck(self.model)(None, logits)
             scores = logits[:, self.letter_ids].logsumexp(dim=-1)  # (B, 4)
             letters += [LETTERS[i] for i in scores.argmax(dim=-1).tolist()]
         return letters

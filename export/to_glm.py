@@ -47,7 +47,7 @@ def glm_tokenizer(tokenizer, template):
     """
     pieces, commands = tokenizer.tokenizer.sp_model, tokenizer.tokenizer.special_tokens
     vocab = tokenizer.tokenizer.get_vocab()
-    text = {piece: i for piece, i in vocab.items() if tokenizer._is_text(i) and not pieces.IsByte(i)}
+    text = {piece: i for piece, i in vocab.items() if tokenizer.tokenizer.is_text(i) and not pieces.IsByte(i)}
     merges = generate_merges(text, {piece: pieces.GetScore(i) for piece, i in text.items()})
     vocab = {{"[gMASK]": GMASK, "sop": SOP}.get(name, name): i for name, i in vocab.items()}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+pytest_plugins = ["web_helpers"]  # the fixtures of the page's tests
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -63,9 +64,9 @@ def test_cached_rounds_encode_only_new_tokens(chatty, tokenizer):
     *_, (second, history, cache) = chatty.stream_chat(
         tokenizer, "再见", history, cache, return_past_key_values=True, **GREEDY
     )
-    turn = tokenizer.encode("\n\n" + tokenizer.build_round(2, "再见"), add_special_tokens=False)[1:]
-    assert fed[0] == len(turn) and set(fed[1:]) <= {1}
-    assert cache.get_seq_length() == held + len(turn) + 11
+    turn = chatty.build_stream_inputs(tokenizer, "再见", history[:1])["input_ids"].shape[1]
+    assert fed[0] == turn and set(fed[1:]) <= {1}
+    assert cache.get_seq_length() == held + turn + 11
     assert [q for q, _ in history] == ["你好", "再见"] and second
 
 
@@ -129,9 +130,10 @@ def test_generation_config_replaces_the_settings(chatty, tokenizer):
 
 
 @pytest.mark.needs_transformers("4.42", "stop_strings for any tokenizer")
-def test_stop_strings(tiny_model, tokenizer):
-    """stop_strings work without passing a tokenizer to generate."""
+def test_stop_strings(tiny_model, tokenizer, recwarn):
+    """stop_strings work without passing a tokenizer to generate, and without a warning."""
     assert tiny_model.chat(tokenizer, "你好", do_sample=False, stop_strings=["！"])[0] == "你好！"
+    assert not [str(warning.message) for warning in recwarn if "ignores" in str(warning.message)]
 
 
 def test_unsupported_chat_arguments_are_rejected(chatty, tokenizer):
@@ -162,13 +164,23 @@ def test_arguments_are_not_modified(chatty, tokenizer):
     assert history == [["a", "b"]] and len(processors) == 1 and processors[0].calls == 24
 
 
+@pytest.mark.parametrize("ids", [(), (5, 6)], ids=["all", "some"])
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_non_finite_scores_do_not_raise(chatty, tokenizer, fill, do_sample):
-    """If all scores are nan or inf, a token is still chosen, by sampling or greedily."""
-    processors = LogitsProcessorList([Forbid(fill=fill)])
-    response, _ = chatty.chat(tokenizer, "你好", logits_processor=processors, do_sample=do_sample, max_new_tokens=3)
+def test_non_finite_scores_do_not_raise(chatty, tokenizer, fill, do_sample, ids):
+    """A token is still chosen, by sampling or greedily, with one warning of nan and inf; all nan is an error."""
+    processors = LogitsProcessorList([Forbid(ids, fill)])
+    options = {"logits_processor": processors, "do_sample": do_sample, "max_new_tokens": 3}
+    if fill != fill and not ids:
+        with pytest.raises(ValueError, match="scores are all nan: its weights are finite"):
+            chatty.chat(tokenizer, "你好", **options)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        response, _ = chatty.chat(tokenizer, "你好", **options)
     assert isinstance(response, str) and processors[0].calls == 3
+    warned = [str(warning.message) for warning in caught if "nan or inf" in str(warning.message)]
+    assert len(warned) == (0 if fill == -float("inf") else 1)
 
 
 def test_padded_vocabulary_ids_decode_to_nothing(chatty, tokenizer):
@@ -207,11 +219,55 @@ def test_too_long_prompts_are_rejected_before_the_forward_pass(chatty, tokenizer
         chatty.chat(tokenizer, "你好", generation_config=GenerationConfig(max_new_tokens=510))
 
 
-@pytest.mark.parametrize("query", ["", "  \n", None, 3])
-def test_empty_queries_are_rejected(chatty, tokenizer, query):
-    """An empty query raises an error."""
-    with pytest.raises(ValueError, match="must be a non-empty string"):
-        chatty.chat(tokenizer, query)
+@pytest.mark.parametrize("limits", [{"max_length": 0}, {"max_length": -5}, {"max_new_tokens": 0}], ids=str)
+def test_no_room_for_an_answer_is_an_error(chatty, tokenizer, limits):
+    """0 is no word for "no limit"; max_length=None is."""
+    message = "max_(length|new_tokens)=.*(give 1 or more|raise max_length)|leaves none for an answer: max_length"
+    with pytest.raises(ValueError, match=message):
+        chatty.chat(tokenizer, "你好", **limits)
+    with pytest.raises(ValueError, match=message):
+        next(chatty.stream_chat(tokenizer, "你好", **limits))
+    steps = chatty.stream_chat(tokenizer, "你好", max_length=None)
+    next(steps)
+    steps.close()
+
+
+@pytest.mark.parametrize("query", ["", "  \n", None])
+def test_empty_messages_are_answered(chatty, tokenizer, query):
+    """An Enter on an empty line, a first message by the assistant: the original's prompt, where None reads "None"."""
+    history = [(None, "您好"), ("", None)]
+    past = "[Round 1]\n\n问：None\n\n答：您好\n\n[Round 2]\n\n问：\n\n答：None\n\n"
+    prompt = f"{past}[Round 3]\n\n问：{query}\n\n答："
+    assert tokenizer.build_prompt(query, history) == prompt
+    response, new = chatty.chat(tokenizer, query, history, **GREEDY)
+    ids = tokenizer(prompt, return_tensors="pt")
+    output = chatty.generate(**ids, **GREEDY)[0, ids["input_ids"].shape[1] :].tolist()
+    assert response == chatty.process_response(tokenizer.answer(output)) and new == [*history, (query, response)]
+    *_, streamed = chatty.stream_chat(tokenizer, query, history, **GREEDY)
+    assert streamed == (response, new)
+
+
+def test_system_prompt(chatty, tokenizer):
+    """`system` goes in front of the first round, into no history, and stays in the cache of later rounds."""
+    history = [("你好", "你好！")]
+    want = "请简短。\n\n[Round 1]\n\n问：你好\n\n答：你好！\n\n[Round 2]\n\n问：再见\n\n答："
+    assert tokenizer.build_prompt("再见", history, "请简短。") == want
+    response, new = chatty.chat(tokenizer, "再见", history, system="请简短。", **GREEDY)
+    assert response != chatty.chat(tokenizer, "再见", history, **GREEDY)[0] and new == [*history, ("再见", response)]
+    asked = {"system": "请简短。", "return_past_key_values": True, **GREEDY}
+    *_, (streamed, new, cache) = chatty.stream_chat(tokenizer, "再见", history, **asked)
+    assert streamed == response
+    held, turn = cache.get_seq_length(), chatty.build_stream_inputs(tokenizer, "你好", new)["input_ids"]
+    *_, (_, _, cache) = chatty.stream_chat(tokenizer, "你好", new, cache, **asked)
+    assert cache.get_seq_length() == held + turn.shape[1] + 11
+
+
+def test_temperature_zero_is_greedy(chatty, tokenizer):
+    """As in every API that people know; transformers itself rejects a temperature of 0."""
+    want = chatty.chat(tokenizer, "你好", **GREEDY)
+    assert chatty.chat(tokenizer, "你好", temperature=0, max_new_tokens=12) == want
+    *_, streamed = chatty.stream_chat(tokenizer, "你好", temperature=0.0, max_new_tokens=12)
+    assert streamed == want
 
 
 @pytest.mark.parametrize(
@@ -220,11 +276,13 @@ def test_empty_queries_are_rejected(chatty, tokenizer, query):
         ("你好", "got a str"),
         ([("a", "b"), ("c",)], r"history\[1\] must be \(query, response\), two strings, got \('c',\)"),
         ([{"role": "user", "content": "x"}], r"history\[0\] must be .* got \{'role'"),
-        ([("a", None)], r"history\[0\]"),
+        ([("a", 3)], r"history\[0\]"),
     ],
 )
-def test_malformed_histories_are_rejected(chatty, tokenizer, history, message):
-    """The error shows the malformed round and the expected form."""
+def test_malformed_queries_and_histories_are_rejected(chatty, tokenizer, history, message):
+    """The error shows the malformed text or round, and the expected form."""
+    with pytest.raises(ValueError, match="query must be a string, got 3"):
+        chatty.chat(tokenizer, 3)
     with pytest.raises(ValueError, match=message):
         chatty.chat(tokenizer, "你好", history)
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
+from chatglm2.transformers_compat import VERSION
 from conftest import CODE_FILES, ROOT, TINY
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 def saved(make_model, tmp_path):
     """(model, folder): a small random model, saved."""
     model = make_model()
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved", safe_serialization=True)
     return model, tmp_path / "saved"
 
 
@@ -107,24 +108,28 @@ def config_of(config):
 
 
 def test_missing_classification_head_is_initialized_and_reported(released_folder):
-    """Weights without a head: the classifier is new, normal with initializer_range, and reported as missing."""
+    """Weights without a head: the classifier is new, as nn.Linear's own, and reported as missing."""
     model, report = AutoModelForSequenceClassification.from_pretrained(
         released_folder, trust_remote_code=True, num_labels=3, output_loading_info=True
     )
     assert {"classifier_head.weight", "classifier_head.bias"} <= set(report["missing_keys"])
-    weight = model.classifier_head.weight.float()
-    assert weight.shape == (3, 256) and 0.01 < weight.std() < 0.03 and not model.classifier_head.bias.any()
+    weight, limit = model.classifier_head.weight.float(), 256**-0.5
+    assert weight.shape == (3, 256) and 0.9 * limit < weight.abs().max() <= limit * 1.001  # uniform
+    assert 0 < model.classifier_head.bias.abs().max() <= limit * 1.001
 
 
 def test_missing_prefix_is_initialized_and_reported(released_folder):
-    """pre_seq_len on weights without a prefix: it is new, and normal, never uninitialised memory."""
+    """pre_seq_len on weights without a prefix: it is new, N(0, 1) and nn.Linear's own, never uninitialised memory."""
     model, report = AutoModel.from_pretrained(
         released_folder, trust_remote_code=True, pre_seq_len=7, prefix_projection=True, output_loading_info=True
     )
     missing = set(report["missing_keys"])
     assert {"transformer.prefix_encoder.embedding.weight", "transformer.prefix_encoder.trans.2.bias"} <= missing
     encoder = model.transformer.prefix_encoder
-    assert 0.018 < encoder.embedding.weight.float().std() < 0.022 and not encoder.trans[0].bias.any()
+    assert 0.95 < encoder.embedding.weight.float().std() < 1.05
+    for linear in (encoder.trans[0], encoder.trans[2]):
+        limit = linear.in_features**-0.5
+        assert 0.9 * limit < linear.weight.float().abs().max() <= limit * 1.01 and linear.bias.any()
 
 
 OLD_NAME = pytest.mark.skipif("tests.tomorrow" in sys.modules, reason="AutoModel itself warns of torch_dtype")
@@ -158,17 +163,25 @@ def test_code_saved_with_a_fine_tune_loads_again(released_folder, tmp_path):
 # Save and reload
 
 
+def test_files_that_are_written(make_model, tmp_path):
+    """Those of the release: safetensors from 4.35 on, and before it the pytorch_model.bin that older scripts read."""
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    safe = VERSION >= (4, 35)
+    assert (tmp_path / "model.safetensors").exists() == safe != (tmp_path / "pytorch_model.bin").exists()
+    assert_same_weights(ChatGLMForConditionalGeneration.from_pretrained(tmp_path), model)
+
+
 def test_reload_is_bit_equal(saved):
     """safetensors, and every value as it was."""
     model, folder = saved
-    assert (folder / "model.safetensors").exists()
     assert_same_weights(ChatGLMForConditionalGeneration.from_pretrained(folder), model)
 
 
 def test_sharded_reload_is_bit_equal(make_model, tmp_path):
     """Several shards with an index."""
     model = make_model()
-    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    model.save_pretrained(tmp_path, max_shard_size="200KB", safe_serialization=True)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert_same_weights(ChatGLMForConditionalGeneration.from_pretrained(tmp_path), model)
 
@@ -192,7 +205,9 @@ def test_missing_unexpected_and_mismatched_tensors_are_reported(saved):
     norm = "transformer.encoder.final_layernorm.weight"
     changed = {name: tensor for name, tensor in state.items() if name != norm} | {"left.over": torch.ones(2)}
     save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-    model, report = ChatGLMForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    with pytest.raises(ValueError, match=f"lacks 1 of the model's 24 tensors: {norm}. .*strict=False"):
+        ChatGLMForConditionalGeneration.from_pretrained(folder)
+    model, report = ChatGLMForConditionalGeneration.from_pretrained(folder, output_loading_info=True, strict=False)
     assert set(report["missing_keys"]) == {norm} and set(report["unexpected_keys"]) == {"left.over"}
     assert torch.equal(model.transformer.encoder.final_layernorm.weight, torch.ones(64))
     state[norm] = torch.ones(32)
@@ -226,7 +241,7 @@ def test_float_weights_under_a_quantized_config_are_rejected(saved, bits, where)
 def test_one_missing_scale_is_an_error(saved):
     """A quantized checkpoint without the scale of one layer names it."""
     model, folder = saved
-    model.quantize(8).save_pretrained(folder)
+    model.quantize(8).save_pretrained(folder, safe_serialization=True)
     state, name = load_file(folder / "model.safetensors"), "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight_scale"
     del state[name]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -249,7 +264,7 @@ def test_folder_without_a_tokenizer_model_is_named(released_folder, tmp_path):
 def test_classifier_reloads(make_model, tmp_path):
     """The classification head is saved under classifier_head, and comes back."""
     model = make_model(cls=ChatGLMForSequenceClassification, num_labels=4)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, safe_serialization=True)
     assert "classifier_head.weight" in load_file(tmp_path / "model.safetensors")
     again = ChatGLMForSequenceClassification.from_pretrained(tmp_path)
     assert again.config.num_labels == 4

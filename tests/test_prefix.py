@@ -52,9 +52,9 @@ def test_prefix_works_with_a_chat_cache(make_model, tokenizer):
     *_, (text, history, cache) = model.stream_chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
     *_, whole = model.stream_generate(ids, **GREEDY)
     *_, (again, _, cache) = model.stream_chat(tokenizer, "再见", history, cache, return_past_key_values=True, **GREEDY)
-    turn = tokenizer.encode("\n\n" + tokenizer.build_round(2, "再见"), add_special_tokens=False)[1:]
-    fed = torch.cat((whole[:, :-1], torch.tensor([turn])), dim=1)
-    *_, want = model.stream_generate(fed, **GREEDY)
+    turn = model.build_stream_inputs(tokenizer, "再见", history)["input_ids"]
+    fed = torch.cat((whole[:, :-1], turn), dim=1)
+    *_, want = model.stream_generate(fed, attention_mask=torch.ones_like(fed), **GREEDY)
     response = model.process_response(
         tokenizer.decode(tokenizer.without_half_character(want[0, fed.shape[1] :].tolist()))
     )

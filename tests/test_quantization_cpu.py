@@ -11,9 +11,10 @@ import pytest
 import torch
 from chatglm2 import quantization_cpu
 from chatglm2.quantization import QuantizedLinear
+from chatglm2.quantization_format import quantize_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantization_helpers import CPU, DTYPES, linear_of, make, needs_compiled
+from quantization_helpers import CPU, DTYPES, linear_of, make, needs_compiled, use
 from torch import nn
 
 
@@ -21,12 +22,39 @@ from torch import nn
 @given(st.integers(1, 100), st.integers(1, 300), st.sampled_from([4, 8]), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_the_layout_reorders_the_released_packing(out, k, bits, seed):
+    """The C code and the plain torch beside it, there and back."""
     k = 2 * k if bits == 4 else k
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(-128, 128, (out, k * bits // 8), dtype=torch.int8, generator=generator)
     layout = quantization_cpu.to_layout(weight, bits)
     assert layout.dtype == torch.int8 and layout.shape == quantization_cpu.layout_shape(out, k, bits)
+    assert torch.equal(layout, quantization_cpu.to_layout_reference(weight, bits))
     assert torch.equal(quantization_cpu.from_layout(layout, out, k, bits), weight)
+    assert torch.equal(quantization_cpu.from_layout_reference(layout, out, k, bits), weight)
+
+
+@needs_compiled
+@pytest.mark.parametrize("kernel", ["cpu", "cpu: avx2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_rounded_as_the_reference_rounds_them(kernel, dtype, bits):
+    """Bit for bit: from subnormal numbers to the largest, ties, rows of zeros, groups, and what is left of 16."""
+    shapes = [(1, 2, None), (33, 130, None), (9, 300, 10), (64, 256, 32), (5, 48, 2), (3, 0, None)]
+    with use(kernel):
+        for out, k, group_size in shapes:
+            dense = torch.randn(out, k, generator=torch.Generator().manual_seed(k))
+            dense *= torch.logspace(-45, 4, out)[:, None]
+            dense[out // 2] = 0
+            dense[-1] = torch.arange(k).clamp_max(14) / 2  # a scale of 1: ties
+            weight = dense.to(dtype).nan_to_num(posinf=0, neginf=0)
+            got, want = quantization_cpu.quantize(weight, bits, group_size), quantize_weight(weight, bits, group_size)
+            assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(got, want))
+        turned = torch.randn(64, 32).to(dtype).t()
+        assert torch.equal(quantization_cpu.quantize(turned, bits, None)[0], quantize_weight(turned, bits)[0])
+        for wrong in ("nan", "inf", "-inf"):
+            weight = torch.ones(4, 32, dtype=dtype).index_fill(1, torch.tensor([31]), float(wrong))
+            with pytest.raises(ValueError, match="nan or inf"):
+                quantization_cpu.quantize(weight, bits, 16)
 
 
 @needs_compiled
