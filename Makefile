@@ -1,15 +1,21 @@
 # make chat    a chat with the tiny checkpoint, in a virtual environment of its own     make chat ARGS="--quantize 4"
+#              make chat CPU=1: with torch for a CPU, if the environment is still to be made; Linux gets CUDA's otherwise
 # make web     the same in the browser                                                   make web ARGS="--port 8080"
 # make test    the tests
-# make tools   the tests with the tools around the model: servers, browser, TRL, lm_eval, llama.cpp; about 500 MB more
+# make tools   the tests with the tools around the model: servers, browser, TRL, lm_eval, llama.cpp, and transformers' own
+#              tests of its models; about 500 MB more
 # make lint    ruff, and a check for files over 12 MB
 # make matrix  the tests on every minor release of transformers       make matrix ARGS="--releases 4.44 newest tomorrow"
 # make tiny    train the tiny checkpoint again
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
-PIP = $(RUN) -m pip --quiet --disable-pip-version-check
+PIP = $(RUN) -m pip --disable-pip-version-check
+TORCH_FOR_CPU = --index-url https://download.pytorch.org/whl/cpu
+SIZE = 1.1 GB$(if $(CPU),, and on Linux several GB of CUDA, which make chat CPU=1 leaves out)
 LLAMA_CPP = build/llama.cpp
+RELEASE = $(shell sed -n 's/^transformers==//p' constraints.txt)
+TRANSFORMERS = build/transformers-$(RELEASE)
 VLLM = build/vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
 .PHONY: chat web test tools lint matrix tiny
@@ -24,8 +30,8 @@ web: $(VENV)/web.txt
 test: $(VENV)/test.txt
 	$(RUN) -m pytest $(ARGS)
 
-tools: $(VENV)/tools.txt $(LLAMA_CPP) $(VLLM)
-	LLAMA_CPP=$(LLAMA_CPP) VLLM=$(VLLM) $(RUN) -m pytest -m tools $(ARGS)
+tools: $(VENV)/tools.txt $(LLAMA_CPP) $(VLLM) $(TRANSFORMERS)
+	LLAMA_CPP=$(LLAMA_CPP) VLLM=$(VLLM) TRANSFORMERS_SOURCE=$(TRANSFORMERS) $(RUN) -m pytest -m tools $(ARGS)
 
 lint: $(VENV)/test.txt
 	$(RUN) -m ruff check .
@@ -44,13 +50,20 @@ $(LLAMA_CPP): | $(VENV)/tools.txt
 	@$(PIP) download --no-deps --no-build-isolation --no-binary :all: -d build llama-cpp-python==0.3.36
 	@mkdir -p $@ && tar -xzf build/llama_cpp_python-0.3.36.tar.gz -C $@ --strip-components 3 --wildcards '*/vendor/llama.cpp/*'
 
+# transformers' tests, which its wheel leaves out
+$(TRANSFORMERS): | $(VENV)/tools.txt
+	@$(PIP) download --no-deps --no-binary transformers -d build transformers==$(RELEASE)
+	@mkdir -p $@ && tar -xzf $@.tar.gz -C $@ --strip-components 1 --wildcards '*/tests/*.py'
+
 $(VLLM): | $(VENV)/tools.txt
 	@$(PIP) download --no-deps --only-binary :all: --platform manylinux_2_28_x86_64 -d build vllm==0.33.0
 
 $(VENV)/bin/python:
+	@echo "Making $(VENV) with torch, transformers and what they need: $(SIZE)" >&2
 	@$(PYTHON) -m venv $(VENV) >&2
 
 $(VENV)/run.txt: requirements.txt constraints.txt | $(VENV)/bin/python
+	$(if $(CPU),@$(PIP) install --no-deps -c constraints.txt torch $(TORCH_FOR_CPU) >&2)
 	@$(PIP) install -c constraints.txt -r requirements.txt >&2
 	@cp requirements.txt $@
 

@@ -2,8 +2,8 @@
 
 Shapes: B batch size, T new tokens, S cached and new tokens, H query heads, G key/value groups, D head size.
 
-`eager` and `sdpa` are implemented here, with their mask. Any other `attn_implementation`, and its mask, comes from
-transformers.
+`eager` and `sdpa` are implemented here, with their mask; on a CPU `sdpa` is the C code of attention_cpu, where that
+serves. Any other `attn_implementation`, and its mask, comes from transformers.
 """
 
 from functools import partial
@@ -11,6 +11,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from .attention_cpu import attention as cpu_attention
+from .attention_cpu import supports as supported_on_cpu
 from .torch_compat import is_compiling
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
@@ -40,9 +42,9 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
         else:
             scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, dropout, module.training)
-    output = (weights @ value[:, :, None]).flatten(1, 2)  # (B, H, T, D)
-    return output.transpose(1, 2), weights.flatten(1, 2)
+    weights = F.dropout(weights, dropout, module.training).flatten(1, 2)  # (B, H, T, S)
+    output = (weights.unflatten(1, (value.shape[1], -1)) @ value[:, :, None]).flatten(1, 2)  # (B, H, T, D)
+    return output.transpose(1, 2), weights
 
 
 def sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
@@ -94,12 +96,26 @@ def check_arguments(cache, kwargs):
         raise TypeError(f"forward() got an unexpected keyword argument {', '.join(unknown)}: is it misspelled?")
 
 
-def choose_attention(config, paged=False):
-    """Return the attention function for `attn_implementation`.
+def choose_attention(config, x, attention_mask, paged=False, training=False, output_attentions=False):
+    """Return the attention function for `attn_implementation` and this forward pass.
 
     With the paged cache of continuous batching (`paged`) it always comes from transformers, which can read that cache.
+    With `output_attentions` sdpa is replaced by eager, which takes the same mask; otherwise by the C code, if that
+    computes what x (B, T, C) and its mask ask for.
+
+    Raises:
+        ValueError: `output_attentions` with a function of transformers.
     """
-    name = attention_name(config)
+    name, dropout = attention_name(config), training and config.attention_dropout
+    if output_attentions and (paged or name not in OWN_ATTENTION):
+        raise ValueError(
+            f"output_attentions=True: attn_implementation={name!r} does not compute attention weights"
+            f"{' in continuous batching' if paged else ''}. Load the model with 'sdpa' or 'eager'."
+        )
+    if output_attentions:
+        return eager_attention
+    if name == "sdpa" and not (paged or dropout) and supported_on_cpu(config.kv_channels, x, attention_mask):
+        return cpu_attention
     return (None if paged else OWN_ATTENTION.get(name)) or ALL_ATTENTION_FUNCTIONS[name]
 
 

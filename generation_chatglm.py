@@ -2,9 +2,8 @@
 
 import contextlib
 import contextvars
+import copy
 import math
-import queue
-import threading
 import warnings
 from functools import partial
 
@@ -13,92 +12,10 @@ import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .attention_chatglm import KEYWORDS, causal_mask
-from .torch_compat import autocast_dtype
+from .checkpoint_chatglm import shorten
+from .family_chatglm import PLACEHOLDER, Roles, with_date
+from .streaming_chatglm import stream
 from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, drafts, is_static, take_cache
-
-# Streaming: from the streamer that generate calls to an iterator
-
-
-class Closed(Exception):
-    """The consumer of a stream is gone; raised inside `generate` to stop it."""
-
-
-class StepStreamer:
-    """Passes on what `generate` puts, and pauses it until the consumer asks for more.
-
-    Both directions use SimpleQueue: unlike a Semaphore, it cannot be left locked by a Ctrl-C at the wrong moment.
-    """
-
-    def __init__(self):
-        self.outbox = queue.SimpleQueue()
-        self.wanted = queue.SimpleQueue()  # True: go on; False: the consumer is gone
-
-    def wait(self):
-        if not self.wanted.get():
-            raise Closed
-
-    def put(self, value):
-        self.outbox.put(value)
-        self.wait()
-
-    def end(self):
-        """Nothing to flush: `stream` detects the end itself."""
-
-
-def stream(generate, device):
-    """Iterate over what `generate(streamer=...)` puts: the prompt's ids [B, T], then the ids of each step.
-
-    `generate` runs in its own thread and takes turns with the consumer: never both at once. Closing the iterator, or a
-    Ctrl-C at any point, ends the thread after the current step. An exception in the thread is raised in the consumer.
-    """
-    streamer, finished = StepStreamer(), object()
-    inherited = thread_state(device)
-
-    def work():
-        try:
-            streamer.wait()
-            with inherited():
-                generate(streamer=streamer)
-        except Closed:
-            return
-        except BaseException as error:
-            streamer.outbox.put(error)
-        else:
-            streamer.outbox.put(finished)
-
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
-    try:
-        thread.start()
-        while True:
-            streamer.wanted.put(True)
-            item = streamer.outbox.get()
-            if item is finished:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        streamer.wanted.put(False)
-        if thread.is_alive():  # False if start() itself was interrupted
-            thread.join()
-
-
-def thread_state(device):
-    """Capture what torch keeps per thread: inference mode, autocast, the CUDA device and stream."""
-    dtype, inference = autocast_dtype(device.type), torch.is_inference_mode_enabled()
-    cuda_stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def inherited():
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.cuda.stream(cuda_stream))
-            if dtype is not None:
-                stack.enter_context(torch.autocast(device.type, dtype=dtype))
-            yield
-
-    return inherited
-
 
 # Drafts: tokens that a step checks instead of computing them one by one
 
@@ -152,7 +69,8 @@ class PromptLookup:
 # keyword arguments that `generate` passes to `forward`, besides those of the attention
 FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
 ITS_OWN = {"tokenizer"}  # what some releases leave among them, and forward does not need
-PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # the released models write this for the date of their training
+
+GENERATING = contextvars.ContextVar("generating", default=False)  # `generate` calls that of an assistant model
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
@@ -162,78 +80,101 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
         return scores.nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
 
 
+class ScoreCheck(LogitsProcessor):
+    """Ends a generation where nan has replaced all scores of a row, as damaged weights do: they would choose noise.
+
+    The result of a step stays on its device. It is read in the first step, in every 32nd, and by `report` at the end.
+    """
+
+    def __init__(self, model):
+        self.model, self.steps, self.worst, self.warned = model, 0, None, False
+
+    def __call__(self, input_ids, scores):
+        best = scores.amax(dim=-1)  # nan if any score is; -inf among them is how processors exclude a token
+        numbers = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        lost = best.isnan() & (numbers.amax(dim=-1) == -math.inf)
+        level = (~(best < math.inf)).any().int() + lost.any().int()
+        self.worst = level if self.worst is None else torch.maximum(self.worst, level)
+        if self.steps % 32 == 0:
+            self.report()
+        self.steps += 1
+        return scores
+
+    def report(self):
+        """Raise ValueError if all scores of a row were nan; warn once of single ones."""
+        worst = 0 if self.worst is None else self.worst.item()
+        if worst == 2:
+            raise nan_scores_error(self.model)
+        if worst == 1 and not self.warned:
+            self.warned = True
+            warnings.warn("some scores are nan or inf; chat makes them finite and goes on", stacklevel=2)
+
+
+def nan_scores_error(model):
+    """The error if a step has no score that is a number, with the weights that are at fault."""
+    damaged = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all()
+    ]
+    if damaged:
+        cause = f"{shorten(damaged)} contain nan or inf. The checkpoint is damaged: download it again."
+    else:
+        cause = f"its weights are finite, so a value left the range of {model.dtype}. Load it in bfloat16 or float32."
+    return ValueError(f"The model's scores are all nan: {cause}")
+
+
 class ChatMixin:
     """`chat`, `stream_chat` and `stream_generate`, for a model with transformers' `generate`."""
 
     # Chat
 
     def chat(
-        self,
-        tokenizer,
-        query,
-        history=None,
-        max_length=8192,
-        num_beams=1,
-        do_sample=True,
-        top_p=0.8,
-        temperature=0.8,
-        logits_processor=None,
-        max_history_tokens=None,
-        system=None,
-        **kwargs,
-    ):
+        self, tokenizer, query, history=None, max_length=8192, num_beams=1, do_sample=True, top_p=0.8,
+        temperature=0.8, logits_processor=None, max_history_tokens=None, system=None, role="user", **kwargs,
+    ):  # fmt: skip
         """Answer `query`.
 
         Args:
             tokenizer: a ChatGLMTokenizer.
             query: the user's message.
             history: earlier rounds as (query, response), oldest first; not modified. As in the original, a text may be
-                empty, and None is written into the prompt as "None".
+                empty, and None is written into the prompt as "None". For ChatGLM3 messages, {"role", "content"}.
             max_length: limit on prompt and response tokens together, unless `max_new_tokens` is given.
             num_beams, do_sample, top_p, temperature: as for `generate`. A `generation_config` in the keyword
                 arguments replaces these and max_length.
-            logits_processor: a list of logits processors; not modified. After them nan and inf are made finite, so
-                that no step raises.
+            logits_processor: a list of logits processors; not modified. After them single nan and inf are made finite,
+                so that no step raises.
             max_history_tokens: drop the oldest rounds from the prompt until the rest has at most this many tokens.
             system: instructions for the whole conversation, in front of its first round.
+            role: for ChatGLM3: "observation" if `query` is what a tool returned, "system" for instructions.
             **kwargs: passed to `generate`. `prompt_lookup_num_tokens=10` saves steps where an answer repeats parts of
                 the conversation (see PromptLookup).
 
         Returns:
-            The response, and the history with (query, response) appended, a new list of tuples.
+            The response, and a new list: the history with (query, response), for ChatGLM3 with both messages. Where
+            ChatGLM3 calls a tool, the response is {"name", "parameters"}: pass on the result with role="observation".
 
         Raises:
-            ValueError: a malformed query or history, or a prompt that exceeds `seq_length`.
+            ValueError: a malformed query or history, a prompt that exceeds `seq_length`, or scores that are all nan.
         """
-        history = checked_history(query, history)
+        history = tokenizer.conversation.checked(query, history, role)
         if (kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("chat returns one answer: set num_return_sequences=1, or use generate.")
-        kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
-        inputs = self.build_inputs(tokenizer, query, kept, system)
+        kept = self._recent_rounds(tokenizer, query, history, max_history_tokens, role)
+        inputs = self.build_inputs(tokenizer, query, kept, system, role)
         prompt_length = inputs["input_ids"].shape[1]
         sampling = {"num_beams": num_beams, "do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
         output = self.generate(**inputs, **settings)
         ids = getattr(output, "sequences", output)[0, prompt_length:].tolist()
-        response = self._response(tokenizer, ids)
-        return response, [*history, (query, response)]
+        return tokenizer.conversation.answered(self.process_response, tokenizer.answer(ids), query, history, role)
 
     def stream_chat(
-        self,
-        tokenizer,
-        query,
-        history=None,
-        past_key_values=None,
-        max_length=8192,
-        do_sample=True,
-        top_p=0.8,
-        temperature=0.8,
-        logits_processor=None,
-        return_past_key_values=False,
-        max_history_tokens=None,
-        system=None,
-        **kwargs,
-    ):
+        self, tokenizer, query, history=None, past_key_values=None, max_length=8192, do_sample=True, top_p=0.8,
+        temperature=0.8, logits_processor=None, return_past_key_values=False, max_history_tokens=None, system=None,
+        role="user", **kwargs,
+    ):  # fmt: skip
         """Answer `query` step by step. Takes the arguments of `chat` and:
 
         Args:
@@ -246,17 +187,17 @@ class ChatMixin:
             (text so far, history with it[, cache]). Each text extends the previous one and never ends in the middle of
             a character; the last one is complete. A round interrupted before its first text leaves the cache unchanged.
         """
-        history = checked_history(query, history)
+        history = tokenizer.conversation.checked(query, history, role)
         held = 0 if past_key_values is None else past_key_values.get_seq_length()
         if not held:
-            kept = self._recent_rounds(tokenizer, query, history, max_history_tokens)
-            inputs = self.build_inputs(tokenizer, query, kept, system)
+            kept = self._recent_rounds(tokenizer, query, history, max_history_tokens, role)
+            inputs = self.build_inputs(tokenizer, query, kept, system, role)
         elif max_history_tokens is not None:
             raise ValueError("max_history_tokens cannot drop rounds from a cache: pass it or past_key_values.")
         else:
             drafted = drafts(kwargs, kwargs.get("generation_config") or self.generation_config)
-            seen = tokenizer.build_prompt("", history, system) if drafted else ""
-            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values, seen)
+            seen = tokenizer.conversation.prompt(tokenizer, "", history, system=system) if drafted else []
+            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values, role, seen)
         prompt_length = inputs["input_ids"].shape[1]
         sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
@@ -265,38 +206,37 @@ class ChatMixin:
             settings["cache"] = cache
 
         def output(text):
-            result = (text, [*history, (query, text)])
+            result = tokenizer.conversation.answered(self.process_response, text, query, history, role)
             return (*result, cache) if return_past_key_values else result
 
-        shown = whole = ""
+        shown, text = None, ""
         try:
             with contextlib.closing(self.stream_generate(**inputs, **settings)) as steps:
                 for ids in steps:
-                    whole = self._response(tokenizer, ids[0, prompt_length:].tolist())
-                    text = without_partial_placeholder(whole)
-                    if text and text != shown:
-                        shown = text
-                        yield output(text)
+                    text = tokenizer.answer(ids[0, prompt_length:].tolist())
+                    known = output(without_partial_placeholder(text))
+                    if known[0] and known != shown and not tokenizer.conversation.is_undecided(text, history):
+                        shown = known
+                        yield known
         except BaseException:
             if not shown and cache is not None and cache.get_seq_length() > held:
                 crop_cache(cache, cache.get_seq_length() - held)
             raise
-        if whole != shown or not shown:
-            yield output(whole)
+        known = output(text)
+        if known != shown:
+            yield known
 
-    def build_inputs(self, tokenizer, query, history=None, system=None):
+    def build_inputs(self, tokenizer, query, history=None, system=None, role="user"):
         """The model's inputs for `query` after `history`: input_ids, attention_mask, position_ids, int [1, T]."""
-        prompt = tokenizer.build_prompt(query, history, system)
-        return tokenizer([prompt], return_tensors="pt").to(self._input_device())
+        ids = tokenizer.conversation.prompt(tokenizer, query, history or [], role, system)
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self._input_device())
 
-    def build_stream_inputs(self, tokenizer, query, history=None):
+    def build_stream_inputs(self, tokenizer, query, history=None, role="user"):
         """As `build_inputs`, but of the new round alone, to follow a cache that holds `history`."""
         if not history:
-            return self.build_inputs(tokenizer, query)
-        text = "\n\n" + tokenizer.build_round(len(history) + 1, query)
-        new = tokenizer.encode(text, add_special_tokens=False)[1:]  # without the space that every text begins with
-        inputs = tokenizer.pad({"input_ids": [new]}, return_tensors="pt")
-        return inputs.to(self._input_device())
+            return self.build_inputs(tokenizer, query, role=role)
+        ids = tokenizer.conversation.next_round(tokenizer, query, history, role)
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self._input_device())
 
     def _input_device(self):
         """The device for input_ids: the embedding's, or the one that accelerate moves an offloaded embedding to."""
@@ -306,35 +246,37 @@ class ChatMixin:
             return torch.device(target)
         return self.get_input_embeddings().weight.device
 
-    def process_response(self, response):
-        """Strip an answer, and fill its placeholder for the training date."""
-        return response.strip().replace(PLACEHOLDER, TRAINING_DATE)
+    def process_response(self, response, history=None):
+        """Strip an answer, and fill its placeholder for the training date.
 
-    def _response(self, tokenizer, ids):
-        return self.process_response(tokenizer.decode(tokenizer.without_half_character(ids)))
+        With `history`, messages that end with the one that was answered, the text is ChatGLM3's: returns (response,
+        history with the answer), see `Roles.response`.
+        """
+        return with_date(response.strip()) if history is None else Roles().response(response, history)
 
-    def _recent_rounds(self, tokenizer, query, history, max_history_tokens):
+    @staticmethod
+    def _recent_rounds(tokenizer, query, history, max_history_tokens, role="user"):
         """The last rounds of `history` that take at most `max_history_tokens` tokens."""
         if max_history_tokens is None:
             return history
 
         def tokens(rounds):
-            return len(tokenizer(tokenizer.build_prompt(query, rounds))["input_ids"])
+            return len(tokenizer.conversation.prompt(tokenizer, query, rounds, role))
 
-        alone = tokens([])
-        first = next(
-            (i for i in range(len(history)) if tokens(history[i:]) - alone <= max_history_tokens), len(history)
-        )
-        return history[first:]
+        kept, rounds = tokenizer.conversation.split(history)
+        alone = tokens(kept)
+        while rounds and tokens(kept + sum(rounds, [])) - alone > max_history_tokens:
+            rounds = rounds[1:]
+        return kept + sum(rounds, [])
 
-    def _next_round_inputs(self, tokenizer, query, history, past_key_values, seen):
+    def _next_round_inputs(self, tokenizer, query, history, past_key_values, role, seen):
         """Inputs of a new round after the cache.
 
-        `generate` needs ids for cached tokens, too, but only drafts read them: those of the text `seen`, or zeros.
+        `generate` needs ids for cached tokens, too, but only drafts read them: those `seen`, or zeros.
         """
-        new = self.build_stream_inputs(tokenizer, query, history)["input_ids"]
+        new = self.build_stream_inputs(tokenizer, query, history, role)["input_ids"]
         held = self.transformer.count_cached_tokens(past_key_values)
-        past = tokenizer(seen, return_tensors="pt")["input_ids"].to(new.device)[:, -held:] if seen else new[:, :0]
+        past = new.new_tensor([seen[-held:]], dtype=torch.long)
         input_ids = F.pad(torch.cat((past, new), dim=1), (held - past.shape[1], 0))
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
@@ -348,13 +290,17 @@ class ChatMixin:
             if not (sampling["do_sample"] and sampling["temperature"]):  # temperature 0 is greedy decoding
                 sampling = {**sampling, "do_sample": False, "top_p": None, "temperature": None}
             settings.update(sampling)
+        stops = tokenizer.stop_ids()
+        if len(stops) > 1 and not (given is kwargs.get("generation_config") and given.eos_token_id is not None):
+            settings.setdefault("eos_token_id", stops)
         if settings.get("stop_strings") or getattr(given, "stop_strings", None):
             settings["tokenizer"] = tokenizer
-        new = kwargs.get("max_new_tokens") or given.max_new_tokens
+        new = given.max_new_tokens if kwargs.get("max_new_tokens") is None else kwargs["max_new_tokens"]
         if new is not None:
             self._check_room(prompt_length, new)
         elif "generation_config" not in kwargs:
-            settings["max_length"] = min(max_length or self.config.seq_length, self.config.seq_length)
+            limit = self.config.seq_length
+            settings["max_length"] = limit if max_length is None else min(max_length, limit)
             if prompt_length >= settings["max_length"]:
                 raise ValueError(
                     f"The prompt has {prompt_length} tokens, which leaves none for an answer: max_length={max_length}, "
@@ -364,8 +310,56 @@ class ChatMixin:
         settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
         return settings
 
+    # Generation
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """As in transformers, but never beyond `seq_length`: there, the answer ends as at max_length.
+
+        Raises:
+            ValueError: prompt and the argument max_new_tokens exceed `seq_length`, or all scores are nan; and what
+                transformers raises. A max_new_tokens of a generation_config is a limit: servers and pipelines set it.
+        """
+        if GENERATING.get():  # an assistant's drafts are checked by the model that asks for them
+            return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+        prompts = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+        length = next((prompt.shape[min(1, prompt.dim() - 1)] for prompt in prompts if prompt is not None), 0)
+        generation_config = self._within_seq_length(length, generation_config, kwargs)
+        check, processors = ScoreCheck(self), LogitsProcessorList(logits_processor or [])
+        clamps = [i for i, item in enumerate(processors) if isinstance(item, InvalidScoreLogitsProcessor)]
+        processors.insert(clamps[0] if clamps else len(processors), check)
+        outer = GENERATING.set(True)
+        try:
+            output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        finally:
+            GENERATING.reset(outer)
+        check.report()
+        return output
+
+    def _within_seq_length(self, prompt_length, generation_config, kwargs):
+        """Lower the limits in `kwargs`, or in the copy of generation_config that is returned, to `seq_length`."""
+        given, room = generation_config or self.generation_config, self.config.seq_length - prompt_length
+        asked = kwargs.get("max_new_tokens")
+        self._check_room(prompt_length, 1 if asked is None else asked)
+        new = given.max_new_tokens if asked is None else asked
+        longest = given.max_length if kwargs.get("max_length") is None else kwargs["max_length"]
+        if new is None and longest in (None, 20):  # transformers' default, in some releases behind the prompt
+            new = 20
+        if new is not None:
+            changes = {"max_new_tokens": room} if new > room else {}
+        else:
+            changes = {"max_length": self.config.seq_length} if longest > self.config.seq_length else {}
+        if changes and generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**changes)
+            kwargs.pop(*changes, None)
+        else:
+            kwargs.update(changes)
+        return generation_config
+
     def _check_room(self, prompt_length, max_new_tokens):
         limit = self.config.seq_length
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no token for an answer: give 1 or more.")
         if prompt_length + max_new_tokens > limit:
             room = limit - prompt_length
             raise ValueError(
@@ -373,28 +367,21 @@ class ChatMixin:
                 "Shorten the prompt" + (f" or lower max_new_tokens to {room}." if room > 0 else ".")
             )
 
-    # Generation
-
     def stream_generate(
-        self,
-        input_ids,
-        generation_config=None,
-        logits_processor=None,
-        stopping_criteria=None,
-        prefix_allowed_tokens_fn=None,
-        return_past_key_values=False,
-        **kwargs,
-    ):
+        self, input_ids, generation_config=None, logits_processor=None, stopping_criteria=None,
+        prefix_allowed_tokens_fn=None, return_past_key_values=False, **kwargs,
+    ):  # fmt: skip
         """Run `generate` and yield the ids so far, int [B, T + step], after every step.
 
         Takes the arguments of `generate`, with any batch size; finished rows are padded. With
         `return_past_key_values` it yields (ids, cache).
 
         Raises:
-            ValueError: prompt and `max_new_tokens` exceed `seq_length`, or beam search, which cannot be streamed.
+            ValueError: prompt and `max_new_tokens` exceed `seq_length`; beam search, which cannot be streamed; and as
+                `generate`.
         """
         new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
-        self._check_room(input_ids.shape[1], new or 0)
+        self._check_room(input_ids.shape[1], new or 1)
         cache = take_cache(kwargs)
         if return_past_key_values and cache is None:
             cache = DynamicCache()
@@ -436,18 +423,9 @@ class ChatMixin:
         return PromptLookup(generator.num_output_tokens, generation_config.max_length, ends)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        cache=None,
-        position_ids=None,
-        cache_position=None,
-        next_sequence_length=None,
-        is_first_iteration=None,
-        **kwargs,
-    ):
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, cache=None, position_ids=None,
+        cache_position=None, next_sequence_length=None, is_first_iteration=None, **kwargs,
+    ):  # fmt: skip
         """Prepare the arguments of `forward` for one step of `generate`.
 
         Args:
@@ -516,16 +494,3 @@ def without_partial_placeholder(text):
         if text.endswith(PLACEHOLDER[:length]):
             return text[:-length].rstrip()
     return text
-
-
-def checked_history(query, history):
-    """Copy `history` to a list of tuples. Raises ValueError for what is not text, or None in place of it."""
-    if not isinstance(query, (str, type(None))):
-        raise ValueError(f"query must be a string, got {query!r}")
-    if history is not None and not isinstance(history, (list, tuple)):
-        raise ValueError(f"history must be a list of (query, response), got a {type(history).__name__}")
-    for i, turn in enumerate(history or []):
-        pair = isinstance(turn, (list, tuple)) and len(turn) == 2
-        if not pair or not all(isinstance(text, (str, type(None))) for text in turn):
-            raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
-    return [tuple(turn) for turn in history or []]

@@ -24,7 +24,6 @@ from .transformers_compat import (
     DynamicCache,
     GenerationMixin,
     SequenceClassifierOutputWithPast,
-    attention_name,
     cache_kwargs,
     grow_in_place,
     is_paged,
@@ -34,7 +33,13 @@ from .transformers_compat import (
 )
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
+    from .attention_cpu import supports  # noqa: F401
+    from .attention_cpu_source import source as attention_source  # noqa: F401
+    from .c_library import load  # noqa: F401
+    from .chat_template_chatglm import ChatTemplateMixin  # noqa: F401
+    from .checkpoint_chatglm import read_checkpoint  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
+    from .family_chatglm import find_rope_ratio_type  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
     from .quantization_cpu_source import source  # noqa: F401
@@ -42,6 +47,7 @@ if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, n
     from .quantization_loading import ChatGLMQuantizer  # noqa: F401
     from .quantization_stock import linear as linear_stock  # noqa: F401
     from .quantization_triton import linear as linear_triton  # noqa: F401
+    from .streaming_chatglm import stream  # noqa: F401
 
 # Rotary position embedding (Su et al., 2021, arXiv:2104.09864), over the first half of a head's channels
 
@@ -243,7 +249,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
             self.encoder = GLMTransformer(config)
             self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
             if config.quantization_bit:  # empty int8 or int4 layers, filled from the checkpoint
-                quantize(self, config.quantization_bit, empty_init=True, **getattr(config, "quantization_options", {}))
+                quantize(self, config.quantization_bit, empty_init=True, **config.quantization_options)
             if config.pre_seq_len:
                 self.prefix_encoder = PrefixEncoder(config)
         self.freeze_all_but_prefix()
@@ -273,6 +279,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
                 use_cache=False, a jump in them starts another packed sequence.
             attention_mask: [B, S] over cached and new tokens, without the P-Tuning prefix: 1 for real tokens, 0 for
                 padding. A 4D mask is passed to the attention function unchanged.
+            output_attentions: return the attention weights, for which this call uses eager attention in place of sdpa.
             full_attention_mask: boolean [B, T, S] or [B, 1, T, S], True where a query may *not* attend; replaces the
                 causal mask and the padding of attention_mask, and covers the P-Tuning prefix, too.
             cache, past_key_values: two names of the key/value cache, (B, G, S, D) per layer, updated in place.
@@ -285,7 +292,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
         Raises:
             TypeError: an unknown keyword argument.
             ValueError: both or neither of input_ids and inputs_embeds, an id outside the vocabulary (on a CPU), a mask
-                of the wrong length, two caches, or output_attentions with a fused attention function.
+                of the wrong length, two caches, or output_attentions with an attention function of transformers.
         """
         config = self.config
         cache = take_cache(kwargs, cache, past_key_values)
@@ -293,7 +300,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         cache, use_cache = self._resolve_cache(cache, use_cache)
-        output_attentions = self._resolve_output_attentions(output_attentions)
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
@@ -317,7 +324,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
                 x,
                 rotary,
                 mask,
-                choose_attention(config, is_paged(cache)),
+                choose_attention(config, x, mask, is_paged(cache), self.training, output_attentions),
                 cache=cache,
                 cache_kwargs=update_kwargs,
                 prefix=prefix,
@@ -349,16 +356,6 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
         if not self.training:
             grow_in_place(cache)
         return cache, use_cache
-
-    def _resolve_output_attentions(self, output_attentions):
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        name = attention_name(self.config)
-        if output_attentions and name != "eager":
-            raise ValueError(
-                f"output_attentions=True: attn_implementation={name!r} does not compute attention weights. Load the "
-                "model with attn_implementation='eager'."
-            )
-        return output_attentions
 
     def count_cached_tokens(self, cache):
         """Number of tokens in the cache, excluding the P-Tuning prefix."""
@@ -444,9 +441,8 @@ def causal_lm_loss(logits, labels, num_items_in_batch=None):
     """
     if logits.shape[1] != labels.shape[1]:
         raise ValueError(f"{labels.shape[1]} labels for {logits.shape[1]} logits: set logits_to_keep=0 with labels.")
-    targets = (
-        F.pad(labels[:, 1:], (0, 1), value=-100).flatten().to(logits.device)
-    )  # (B T); the last one has no next token
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position has no next token
+    targets = targets.flatten().to(logits.device)  # (B T)
     chunks = zip(logits.flatten(0, 1).split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
     total = sum(checkpoint(summed_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks)
     return total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,5 +1,6 @@
 """Base class of the models: loading, initialization, activation checkpointing, quantization."""
 
+import copy
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 
@@ -9,9 +10,10 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .checkpoint_chatglm import check_names, quantization_changes, read_checkpoint
 from .configuration_chatglm import ChatGLMConfig
 from .quantization import quantize
-from .quantization_loading import missing_quantized_weights_error  # importing it registers quant_method "chatglm"
+from .quantization_loading import lay_out, missing_quantized_weights_error  # this registers quant_method "chatglm"
 from .transformers_compat import ModelFallbacks
 
 
@@ -59,6 +61,10 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
     _supports_quantized_cache = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config, *args, **kwargs):
+        config.check()  # it may have been changed since it was read
+        super().__init__(config, *args, **kwargs)
+
     @contextmanager
     def building(self, empty_init, device):
         """Create modules on `device` inside this context; at its end they get initial values, unless `empty_init`."""
@@ -75,43 +81,56 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         return True  # every forward looks up the attention function
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, device=None,
-                        empty_init=None, **kwargs):  # fmt: skip
-        """As in transformers, but the default dtype is that of the checkpoint.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info=False, strict=True, config=None, device=None,
+        empty_init=None, **kwargs,
+    ):  # fmt: skip
+        """As in transformers, but the default dtype is that of the checkpoint, and its tensors have to fit.
 
         Args:
+            strict: False initializes missing weights, and ignores those for which the model has no place. A P-Tuning
+                prefix and a classifier that are new are no missing weights.
             device: load the model there, like `device_map={"": device}`.
             empty_init: accepted for the original's callers. Either way, weights from the checkpoint are not initialized
                 first, and missing ones always are.
 
         Raises:
-            ValueError: the config has `quantization_bit`, but the checkpoint holds no quantized weights; an unknown
-                device, or both device and device_map; also whatever transformers raises.
+            ValueError: a file is damaged; weights are missing, in excess or of a wrong dtype; the config has
+                `quantization_bit`, but the checkpoint holds no such weights; an unknown device, or both device and
+                device_map; also whatever transformers raises.
         """
         device = as_device(device)
         if device is not None and kwargs.get("device_map") is not None:
             raise ValueError(f"device={str(device)!r} and device_map={kwargs['device_map']!r} were given: pass one.")
         if device is not None and device.type not in ("cpu", "meta"):
             kwargs["device_map"] = {"": str(device)}
-        try:
-            model, report = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except RuntimeError as error:
-            config = kwargs.get("config")
-            if not hasattr(config, "quantization_bit"):
-                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **kwargs)
-            if config.quantization_bit and any(word in str(error) for word in ("mismatch", "held as torch.int8")):
-                raise missing_quantized_weights_error(
-                    config.quantization_bit, "tensors of other shapes or dtypes"
-                ) from error
-            raise
+        tensors = read_checkpoint(pretrained_model_name_or_path, **kwargs)
+        given = config is not None and hasattr(config, "to_dict")
+        if tensors:
+            source = config or pretrained_model_name_or_path
+            known = config if given else cls.config_class.from_pretrained(source, **kwargs)
+            changes = quantization_changes(tensors, known)
+            if not given:
+                kwargs.update(changes)
+            elif changes:
+                config = copy.deepcopy(config)
+                config.update(changes)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, config=config, **kwargs
+        )
         unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
         if unscaled:  # float weights, which most releases of transformers have truncated to int8
             raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
+        if strict:
+            check_names(pretrained_model_name_or_path, model, tensors, report)
+        settings = getattr(model, "generation_config", None)
+        for name in ("eos_token_id", "pad_token_id"):  # generation_config.json hides those of config.json
+            if settings is not None and getattr(settings, name) is None:
+                setattr(settings, name, getattr(model.config, name))
         model.base_model.freeze_all_but_prefix()  # loading may have replaced parameters
         if device is not None:
             model.to(device)
+        lay_out(model)
         return (model, report) if output_loading_info else model
 
     def quantize(self, bits, empty_init=False, device=None, **options):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .quantization_format import Family, check_bits, check_weight, dequantize_weight, quantize_weight, reference_linear
 from .torch_compat import autocast_dtype, is_compiling, needs_dispatch
+from .transformers_compat import progress_bar
 
 LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the four linear layers of every block
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of inputs
@@ -90,6 +91,15 @@ def to_released_format(weight: Tensor, layout: str, out_features: int, in_featur
     if layout == RELEASED:
         return weight
     return family(layout).layout.from_layout(weight, out_features, in_features, bits)
+
+
+def round_weight(weight: Tensor, bits: int, group_size: Optional[int] = None) -> Tuple[Tensor, Tensor]:
+    """`quantize_weight`, bit for bit, by a kernel where a family for this device has one."""
+    for name in [name for name, kind in FAMILIES.items() if kind == weight.device.type]:
+        quantize = family(name).quantize
+        if quantize and family(name).unavailable(weight.device) is None:
+            return quantize(weight, bits, group_size)
+    return quantize_weight(weight, bits, group_size)
 
 
 # ---- the op ---------------------------------------------------------------------------------------------------------
@@ -215,7 +225,7 @@ class QuantizedModule(nn.Module):
         if self._weights.layout != RELEASED:
             self._convert(RELEASED)
 
-    def _change(self, method: Callable, *args, copy=Tensor.detach, **kwargs) -> None:
+    def _change(self, method: Callable, *args, copy=Tensor.detach, keep_layout=False, **kwargs) -> None:
         """Call a method that changes parameters one by one, on copies: threads compute with the old ones, or wait."""
 
         def copied(parameter):
@@ -224,14 +234,18 @@ class QuantizedModule(nn.Module):
             return new
 
         with REPLACING:
-            self._release()
-            old = self._parameters.items()
+            if not keep_layout:
+                self._release()
+            old, layout = self._parameters.items(), self._weights.layout
             self._parameters = {name: None if value is None else copied(value) for name, value in old}
             method(*args, **kwargs)
-            self._replace(self._parameters)
+            self._replace(self._parameters, layout)
 
-    def _apply(self, *args, **kwargs):
-        self._change(super()._apply, *args, **kwargs)
+    def _apply(self, fn, *args, **kwargs):
+        with torch.inference_mode(False):
+            probe = torch.empty(0, dtype=torch.int8, device=self.weight.device)
+        same = fn(probe) is probe and probe._version == 0  # .half() and .cpu(), but not .cuda() or a fn that writes
+        self._change(super()._apply, fn, *args, keep_layout=same, **kwargs)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -281,7 +295,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         layer = cls(linear.in_features, linear.out_features, bits, bias=linear.bias is not None, group_size=group_size,
                     backend=backend, device=device, dtype=linear.weight.dtype)  # fmt: skip
         if not empty:
-            layer.weight, layer.weight_scale = map(_frozen, quantize_weight(linear.weight.detach(), bits, group_size))
+            layer.weight, layer.weight_scale = map(_frozen, round_weight(linear.weight.detach(), bits, group_size))
             layer.bias = None if linear.bias is None else _frozen(linear.bias.clone())
         return layer.train(linear.training)
 
@@ -341,7 +355,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
         device = embedding.weight.device if empty else "meta"
         layer = cls(embedding.num_embeddings, embedding.embedding_dim, device=device, dtype=embedding.weight.dtype)
         if not empty:
-            layer.weight, layer.weight_scale = map(_frozen, quantize_weight(embedding.weight.detach(), 8))
+            layer.weight, layer.weight_scale = map(_frozen, round_weight(embedding.weight.detach(), 8))
         return layer.train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -376,7 +390,7 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
     check_bits(bits)
     check_backend(backend or "auto")
     wanted, quantized, chosen = {"word_embeddings": embedding, "output_layer": output_layer}, [], {}
-    for name, layer in _find(model, skip).items():
+    for name, layer in progress_bar(_find(model, skip).items(), "Checking weights"):
         kind = name.rpartition(".")[2]
         try:
             if hasattr(layer, "weight_scale"):
@@ -402,7 +416,7 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
     for layer in quantized:
         layer.backend = backend
     try:
-        for name, options in chosen.items():
+        for name, options in progress_bar(chosen.items(), f"Quantizing to int{bits}"):
             parent, _, child = name.rpartition(".")
             parent = model.get_submodule(parent)
             setattr(parent, child, _quantized(getattr(parent, child), *options, backend or "auto", empty_init))

@@ -4,112 +4,36 @@ Half-precision inputs are rounded to int8 in groups of 128 (or the weight's grou
 as llama.cpp does, and multiplied with the int8 dot products of AVX512-VNNI or AVX2. Float32 inputs stay in float32.
 """
 
-import atexit
 import ctypes
 import functools
-import hashlib
 import mmap
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .c_library import load
 from .quantization_cpu_source import WIDEST, source
-from .quantization_format import Family, Layout
-from .quantization_stock import X86
+from .quantization_format import Family, Layout, check_finite, check_shape, quantize_weight, without_overflow
 from .quantization_stock import linear as stock_linear
+from .torch_compat import needs_dispatch
 
 ROWS, GROUP = 32, 128  # a block of the layout: output rows, inputs
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FLAGS = ("-O3", "-fPIC", "-fopenmp", "-mavx2", "-mf16c", "-mfma")
-AVX512 = {"avx512f": "-mavx512f", "avx512bw": "-mavx512bw", "avx512vl": "-mavx512vl", "avx512_vnni": "-mavx512vnni"}
-
-
-# ---- compilation ----------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> str:
-    """A directory that only this user can write to, because the library loaded from it is executed."""
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "chatglm2")
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        status = os.stat(folder)
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    folder = tempfile.mkdtemp(prefix="chatglm2-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
-    """Return ("avx512" or "avx2", compiler options) for each instruction set of this CPU, fastest first."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            known = set(next((line for line in file if line.startswith("flags")), "").split())
-    except OSError:
-        known = set()
-    found = []
-    if known >= AVX512.keys():
-        found.append(("avx512", (*FLAGS, *AVX512.values())))
-    if known >= {"avx2", "avx_vnni", "f16c", "fma"}:
-        found.append(("avx2", (*FLAGS, "-mavxvnni")))  # GCC 11 and later
-    if known >= {"avx2", "f16c", "fma"}:
-        found.append(("avx2", FLAGS))
-    return found
-
-
-def compiled(kind: str, flags: Tuple[str, ...]) -> str:
-    """Compile the library and return its path. Processes may overlap: each renames a complete file into place."""
-    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("gcc") or shutil.which("cc") or "gcc"]
-    if not shutil.which(compiler[0]):
-        raise OSError(f"no C compiler {compiler[0]} found: install gcc, or set CC to a compiler")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    text = source(kind)
-    key = hashlib.sha256("\n".join((text, *compiler, version, *flags)).encode()).hexdigest()[:16]
-    path = os.path.join(cache_folder(), f"quantization_cpu-{key}.so")
-    if not os.path.exists(path):
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            code, object_file, library = (os.path.join(folder, "kernel." + suffix) for suffix in ("c", "o", "so"))
-            with open(code, "w") as file:
-                file.write(text)
-            # Not linked against an OpenMP runtime: the symbols resolve to the one that torch has loaded.
-            for command in ([*flags, "-c", code, "-o", object_file], ["-shared", object_file, "-o", library]):
-                done = subprocess.run([*compiler, *command], capture_output=True, text=True)
-                if done.returncode:
-                    raise OSError(f"{compiler[0]} could not compile the kernel: {done.stderr.strip()[-300:]}")
-            os.replace(library, path)
-    return path
+ADDRESS, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+FUNCTIONS = {  # of the C library, with their arguments
+    "linear": [ADDRESS] * 6 + [LONG] * 5 + [INT] * 4,
+    "linear_float32": [ADDRESS] * 6 + [LONG] * 4 + [INT] * 3,
+    "lay_out": [ADDRESS] * 2 + [LONG] * 2 + [INT] * 3,
+    "quantize": [ADDRESS] * 3 + [LONG] * 2 + [INT] * 3,
+}
 
 
 @functools.lru_cache(None)
 def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
     """Return (the compiled library, "") or (None, the reason and the remedy)."""
-    if platform.system() != "Linux" or not X86:
-        return None, f"the C kernels need Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-    reason = "this CPU has neither AVX512-VNNI nor AVX2"
-    for kind, flags in instructions():  # an older compiler may support only the slower ones
-        try:
-            library = ctypes.CDLL(compiled(kind, flags))
-            break
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = str(error)
-    else:
-        return None, reason
-    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-    library.linear.argtypes = (p, p, p, p, p, p, n, n, n, n, n, i, i, i, i)
-    library.linear_float32.argtypes = (p, p, p, p, p, n, n, n, n, i, i, i)
-    for function in (library.linear, library.linear_float32):
-        function.restype = None
-    return library, ""
+    return load("quantization_cpu", source, FUNCTIONS)
 
 
 def unavailable(device: torch.device) -> Optional[str]:
@@ -153,62 +77,95 @@ def layout_shape(out_features: int, in_features: int, bits: int) -> Tuple[int, i
 
 def to_layout(weight: Tensor, bits: int) -> Tensor:
     """The released packing, int8 [out, in] or [out, in / 2] -> the layout, int8 of `layout_shape`."""
-    shape = layout_shape(weight.shape[0], weight.shape[1] * 8 // bits, bits)
-    blocks, steps, _ = shape
-    layout = _on_large_pages(blocks * steps * ROWS * 4).view(shape)
-    for block in range(0, blocks, 16):
-        part = weight[block * ROWS : (block + 16) * ROWS]
-        part = F.pad(part, (0, steps * 4 - weight.shape[1], 0, -part.shape[0] % ROWS))
-        part = part.reshape(-1, ROWS, steps, 4)  # 4 bytes per row and step for int8 and int4
-        if bits == 8:
-            part = part ^ -128
-        else:  # nibbles (0, 1) (2, 3) (4, 5) (6, 7) -> (4, 0) (5, 1) (6, 2) (7, 3), high first, each with q + 8
-            even, odd = (part >> 4) & 15, part & 15
-            inputs = torch.stack((even, odd), dim=-1).flatten(-2) ^ 8
-            part = inputs[..., 4:] << 4 | inputs[..., :4]
-        layout[block : block + 16] = part.transpose(1, 2).flatten(-2)
+    (out, columns), weight = weight.shape, weight.contiguous()
+    shape = layout_shape(out, columns * 8 // bits, bits)
+    layout = _on_large_pages(shape[0] * shape[1] * shape[2]).view(shape)
+    _call("lay_out", weight, layout, out, columns, bits, False, torch.get_num_threads())
     return layout
 
 
 def from_layout(layout: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
-    """The inverse of `to_layout`, in plain torch so that it runs on any device."""
-    packed = torch.empty(out_features, in_features * bits // 8, dtype=torch.int8, device=layout.device)
-    for block in range(0, layout.shape[0], 16):
-        part = layout[block : block + 16].unflatten(-1, (ROWS, 4)).transpose(1, 2)  # [block, row, step, byte]
-        if bits == 8:
-            part = part ^ -128
-        else:
-            inputs = torch.cat((part & 15, (part >> 4) & 15), dim=-1) ^ 8
-            part = inputs[..., 0::2] << 4 | inputs[..., 1::2]
-        rows = packed[block * ROWS : (block + 16) * ROWS]
-        rows.copy_(part.flatten(2).flatten(0, 1)[: rows.shape[0], : rows.shape[1]])
+    """The inverse of `to_layout`."""
+    if layout.device.type != "cpu" or needs_dispatch(layout.detach()):  # for example, a compiled backward
+        return from_layout_reference(layout, out_features, in_features, bits)
+    shape = out_features, in_features * bits // 8
+    packed = _on_large_pages(shape[0] * shape[1]).view(shape)
+    _call("lay_out", packed, layout.contiguous(), *shape, bits, True, torch.get_num_threads())
     return packed
+
+
+def to_layout_reference(weight: Tensor, bits: int) -> Tensor:
+    """`to_layout` in plain torch."""
+    blocks, steps, _ = shape = layout_shape(weight.shape[0], weight.shape[1] * 8 // bits, bits)
+    rows = F.pad(weight, (0, steps * 4 - weight.shape[1], 0, blocks * ROWS - weight.shape[0]))
+    rows = rows.view(blocks, ROWS, steps, 4)  # 4 bytes per row and step for int8 and int4
+    if bits == 8:
+        rows = rows ^ -128
+    else:  # nibbles (0, 1) (2, 3) (4, 5) (6, 7) -> (4, 0) (5, 1) (6, 2) (7, 3), high first, each with q + 8
+        inputs = torch.stack((rows >> 4 & 15, rows & 15), dim=-1).flatten(-2) ^ 8
+        rows = inputs[..., 4:] << 4 | inputs[..., :4]
+    return rows.transpose(1, 2).reshape(shape)
+
+
+def from_layout_reference(layout: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
+    """`from_layout` in plain torch, on any device."""
+    rows = layout.unflatten(-1, (ROWS, 4)).transpose(1, 2)  # [block, row, step, byte]
+    if bits == 8:
+        rows = rows ^ -128
+    else:
+        inputs = torch.cat((rows & 15, rows >> 4 & 15), dim=-1) ^ 8
+        rows = inputs[..., 0::2] << 4 | inputs[..., 1::2]
+    return rows.flatten(2).flatten(0, 1)[:out_features, : in_features * bits // 8].contiguous()
+
+
+def quantize(weight: Tensor, bits: int, group_size: Optional[int]) -> Tuple[Tensor, Tensor]:
+    """`quantize_weight`, bit for bit, in one pass over the weight."""
+    if weight.dtype not in TYPES or not weight.is_contiguous():
+        return quantize_weight(weight, bits, group_size)
+    out, columns = weight.shape
+    check_shape(weight, bits, group_size)
+    groups = (out,) if group_size is None else (out, columns // group_size)
+    packed = _on_large_pages(out * columns * bits // 8).view(out, columns * bits // 8)
+    scale = torch.empty(groups, dtype=weight.dtype, device="cpu")
+    options = group_size or columns, bits, TYPES[weight.dtype], torch.get_num_threads()
+    _call("quantize", weight, packed, scale, scale.numel(), *options)
+    check_finite(scale)
+    return packed, scale
 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
     """x [N, in] -> [N, out], with the weight in the layout."""
+    product = _without_overflow if x.dtype == torch.float32 else _linear  # half precision is scaled before it is summed
+    return product(x, weight, weight_scale, bias, bits)
+
+
+def _linear(x, weight, weight_scale, bias, bits):
     (n, k), out = x.shape, weight_scale.shape[0]
     groups, group_size = (1, None) if weight_scale.dim() == 1 else (weight_scale.shape[1], k // weight_scale.shape[1])
     weight_scale, y = weight_scale.contiguous(), x.new_empty(n, out)
     bias = None if bias is None else bias.to(weight_scale.dtype).contiguous()
+    threads = torch.get_num_threads()
+    tables, types = threads * groups * ROWS * 4, (TYPES[x.dtype], TYPES[weight_scale.dtype], threads)  # bytes of scales
     if x.dtype == torch.float32:
         x = F.pad(x, (0, -k % GROUP, 0, -n % 8 if n > 2 else 0)).contiguous()
-        _call("linear_float32", x, y, weight, weight_scale, bias, n, k, out, groups, bits, TYPES[weight_scale.dtype])
+        scratch = torch.empty(tables, dtype=torch.int8, device="cpu")
+        _call("linear_float32", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, bits, *types[1:])
         return y
     group, width = min(group_size or GROUP, GROUP), _padded(k, GROUP)
-    scratch = torch.empty((n + WIDEST) * (width + 8 * (width // group)), dtype=torch.int8, device="cpu")
-    types = TYPES[x.dtype], TYPES[weight_scale.dtype]
+    scratch = torch.empty(tables + (n + WIDEST) * (width + 8 * (width // group)), dtype=torch.int8, device="cpu")
     _call("linear", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, group, bits, *types)
     return y
 
 
+_without_overflow = without_overflow(_linear)
+
+
 def _call(name, *arguments):
-    """Call a function of the C library with the tensors' addresses and, last, the number of threads."""
-    arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    getattr(load_library()[0], name)(*arguments, torch.get_num_threads())
+    """Call a function of the C library with the tensors' addresses."""
+    getattr(load_library()[0], name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 # A weight in the released packing uses torch's operators: converting it for a single call would take longer.
 FAMILY = Family(
-    stock_linear, unavailable, Layout(torch.int8, layout_shape, fits_layout, to_layout, from_layout, linear)
+    stock_linear, unavailable, Layout(torch.int8, layout_shape, fits_layout, to_layout, from_layout, linear), quantize
 )

@@ -91,20 +91,49 @@ static inline __m256 load(const void *p, int type, long i, long n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
+static inline __m128i to_float16(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+/* bfloat16 in the low half of each lane, rounded to nearest even; nan stays nan. */
+static inline __m256i to_bfloat16(__m256 v) {
+  __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc0), nan);
+}
+
+static inline __m256 rounded(__m256 v, int type) {
+  if (type == FLOAT16) return _mm256_cvtph_ps(to_float16(v));
+  return type == FLOAT32 ? v : _mm256_castsi256_ps(_mm256_slli_epi32(to_bfloat16(v), 16));
+}
+
 static inline void store(void *p, int type, long i, long n, __m256 v) {
   char part[32];
   if (type == FLOAT32) _mm256_storeu_ps((float *)part, v);
-  else if (type == FLOAT16) {
-    _mm_storeu_si128((__m128i *)part, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  } else {  // round to nearest even; nan stays nan
-    __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc0), nan);
+  else if (type == FLOAT16) _mm_storeu_si128((__m128i *)part, to_float16(v));
+  else {
+    __m256i bits = to_bfloat16(v);
     bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
     _mm_storeu_si128((__m128i *)part, _mm256_castsi256_si128(bits));
   }
   if (n > 0) memcpy((char *)p + i * size_of(type), part, min(n, 8) * size_of(type));
+}
+
+/* 8 x 8 words: rows become columns. */
+static inline void transpose(__m256 a[8]) {
+  __m256 b[8], c[8];
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      c[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+      c[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    a[i] = _mm256_permute2f128_ps(c[i], c[i + 4], 0x20);
+    a[i + 4] = _mm256_permute2f128_ps(c[i], c[i + 4], 0x31);
+  }
 }
 
 /* The block's scales, transposed: [out][groups] -> s[groups][32]. */
@@ -112,21 +141,12 @@ static inline void scales_of(const void *scale, int type, long block, long out, 
   for (long r = 0; r < 32; r += 8) {
     const long row = block * 32 + r;
     if (groups == 1) _mm256_storeu_ps(s + r, load(scale, type, row, out - row));
-    for (long g = 0; g < groups && groups > 1; g += 8) {  /* transpose 8 x 8 at a time */
-      __m256 a[8], b[8];
+    for (long g = 0; g < groups && groups > 1; g += 8) {
+      __m256 a[8];
       for (long i = 0; i < 8; i++)
         a[i] = row + i < out ? load(scale, type, (row + i) * groups + g, groups - g) : _mm256_setzero_ps();
-      for (int i = 0; i < 8; i += 2) {
-        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-      }
-      for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-          a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
-          a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
-        }
-      for (int i = 0; i < min(8, groups - g); i++)
-        _mm256_storeu_ps(s + (g + i) * 32 + r, _mm256_permute2f128_ps(a[i % 4], a[i % 4 + 4], i < 4 ? 0x20 : 0x31));
+      transpose(a);
+      for (int i = 0; i < min(8, groups - g); i++) _mm256_storeu_ps(s + (g + i) * 32 + r, a[i]);
     }
   }
 }
@@ -264,17 +284,20 @@ TILE(4, 1, 4) TILE(4, 2, 2) TILE(4, 4, 2) TILE(8, 1, 4) TILE(8, 2, 4) TILE(8, 4,
 """
 
 BODY = r"""
+int omp_get_thread_num(void);
+
 /* The number of tokens in the smallest tile that holds `tokens`. */
 static int width(long tokens) { return tokens > 8 ? WIDEST : tokens > 4 ? min(8, WIDEST) : tokens > 2 ? 4 : tokens; }
 
 /* y[n][out] = x[n][k] times the weight, plus bias, which has scale's type. groups: weight scales a row; group: inputs
-   that share an activation scale. */
+   that share an activation scale. scratch begins with a table of scales, [groups][32], for each thread: the stack of a
+   thread is too small for one. */
 void linear(const void *x, void *y, const uint8_t *w, const void *scale, const void *bias, char *scratch, long n,
             long k, long out, long groups, long group, int bits, int xtype, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, ng = padded / group, blocks = (out + 31) / 32;
   long tiles = (n + WIDEST - 1) / WIDEST, room = n + WIDEST;
-  int8_t *q = (int8_t *)scratch;
-  float *xs = (float *)(scratch + room * padded);
+  int8_t *q = (int8_t *)scratch + threads * groups * 128;
+  float *xs = (float *)(q + room * padded);
   int32_t *start = (int32_t *)(xs + room * ng);
   #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
   for (long token = 0; token < WIDEST * (tiles - 1) + width(n - WIDEST * (tiles - 1)); token++) {
@@ -287,7 +310,7 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
   /* guided: long runs of memory per thread, and all threads finish together */
   #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long block = 0; block < blocks; block++) {
-    float ws[groups * 32], sums[WIDEST * 32];
+    float *ws = (float *)scratch + omp_get_thread_num() * groups * 32, sums[WIDEST * 32];
     scales_of(scale, stype, block, out, groups, ws);
     for (long from = 0; from < n; from += WIDEST) {
       int tokens = width(n - from);
@@ -349,12 +372,12 @@ static inline __attribute__((always_inline)) void exact(const float *x, const ui
 }
 
 /* The float32 version; x is padded to whole groups of 128, and from 3 tokens on to a multiple of 8 tokens. */
-void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, long n, long k,
-                    long out, long groups, int bits, int stype, int threads) {
+void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, float *scratch,
+                    long n, long k, long out, long groups, int bits, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, blocks = (out + 31) / 32, per_group = k / groups;
   #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long block = 0; block < blocks; block++) {
-    float ws[groups * 32], sums[WIDEST_EXACT * 32];
+    float *ws = scratch + omp_get_thread_num() * groups * 32, sums[WIDEST_EXACT * 32];
     const uint8_t *at = w + block * padded * 4 * bits;
     scales_of(scale, stype, block, out, groups, ws);
     for (long from = 0; from < n; from += WIDEST_EXACT) {
@@ -375,6 +398,108 @@ void linear_float32(const float *x, float *y, const uint8_t *w, const void *scal
 }
 """
 
+PREPARE = r"""
+typedef uint32_t eight __attribute__((vector_size(32), aligned(1), may_alias));
+
+/* A step of 8 rows, from the released packing to the layout. */
+static inline eight to_step(eight v, int bits) {
+  if (bits == 8) return v ^ 0x80808080;
+  v ^= 0x88888888;
+  const eight even = v >> 4 & 0x0f0f0f0f, odd = v & 0x0f0f0f0f;                /* bytes: inputs 0 2 4 6, 1 3 5 7 */
+  const eight outer = (even & 0xff00ff) | (odd & 0xff00ff) << 8;               /* 0 1 4 5 */
+  const eight inner = (even >> 8 & 0xff00ff) | (odd & 0xff00ff00);             /* 2 3 6 7 */
+  return (outer & 0xffff) | inner << 16 | outer >> 12 & 0xffff0 | (inner & 0xffff0000) << 4;
+}
+
+/* The inverse of to_step. */
+static inline eight from_step(eight v, int bits) {
+  if (bits == 8) return v ^ 0x80808080;
+  v ^= 0x88888888;
+  const eight low = v & 0x0f0f0f0f, high = v >> 4 & 0x0f0f0f0f;                /* bytes: inputs 0 1 2 3, 4 5 6 7 */
+  const eight first = low << 4 | low >> 8, second = high << 4 | high >> 8;     /* bytes 0 and 2: inputs 01 and 23 */
+  return (first & 0xff) | (first >> 8 & 0xff00) | (second & 0xff) << 16 | (second << 8 & 0xff000000);
+}
+
+/* The layout of packed[out][bytes], or with `inverse` the released packing of the layout. */
+void lay_out(uint8_t *packed, uint8_t *layout, long out, long bytes, int bits, int inverse, int threads) {
+  const long padded = (bytes + 16 * bits - 1) / (16 * bits) * (16 * bits);
+  #pragma omp parallel for num_threads(threads) schedule(guided)
+  for (long block = 0; block < (out + 31) / 32; block++)
+    for (long at = 0; at < padded; at += 64)
+      for (long part = 0; part < 8; part++) {  /* 8 rows times 32 bytes */
+        const long row = block * 32 + part / 2 * 8, from = at + part % 2 * 32, size = min(bytes - from, 32);
+        uint8_t *steps = layout + block * padded * 32 + from * 32 + part / 2 * 32;
+        eight v[8];
+        for (long i = 0; i < 8; i++) {
+          if (inverse) v[i] = from_step(*(eight *)(steps + 128 * i), bits);
+          else if (row + i < out && size == 32) v[i] = *(const eight *)(packed + (row + i) * bytes + from);
+          else {
+            v[i] = (eight){0};
+            if (row + i < out && size > 0) memcpy(v + i, packed + (row + i) * bytes + from, size);
+          }
+        }
+        transpose((__m256 *)v);
+        for (long i = 0; i < 8; i++) {
+          uint8_t *to = packed + (row + i) * bytes + from;
+          if (!inverse) *(eight *)(steps + 128 * i) = to_step(v[i], bits);
+          else if (row + i < out && size == 32) *(eight *)to = v[i];
+          else if (row + i < out && size > 0) memcpy(to, v + i, size);
+        }
+      }
+}
+
+/* The largest magnitude of n numbers in all lanes, by its bits: inf and nan count as larger than any other. */
+static inline __attribute__((always_inline)) __m256 largest(const char *w, int type, long n) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i most = _mm256_setzero_si256();
+  for (long i = 0; i < n; i += 8)
+    most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(load(w, type, i, n - i)), magnitude));
+  most = _mm256_max_epi32(most, _mm256_permute2x128_si256(most, most, 1));
+  most = _mm256_max_epi32(most, _mm256_shuffle_epi32(most, 0x4e));
+  return _mm256_castsi256_ps(_mm256_max_epi32(most, _mm256_shuffle_epi32(most, 0xb1)));
+}
+
+/* n <= 16 weights as int8 or int4, packed. */
+static inline __attribute__((always_inline)) void quantize_part(const char *w, uint8_t *packed, long n, __m256 scale,
+                                                                int bits, int type) {
+  const int limit = bits == 8 ? 127 : 7;
+  __m256i q[2];
+  for (int i = 0; i < 2; i++)
+    q[i] = _mm256_cvtps_epi32(rounded(_mm256_div_ps(load(w, type, 8 * i, n - 8 * i), scale), type));
+  q[0] = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[0], q[1]), 0xd8);
+  __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(q[0]), _mm256_extracti128_si256(q[0], 1));
+  bytes = _mm_max_epi8(_mm_min_epi8(bytes, _mm_set1_epi8(limit)), _mm_set1_epi8(-limit));
+  if (bits == 4) {  /* the even column in the high nibble */
+    bytes = _mm_maddubs_epi16(_mm_and_si128(bytes, _mm_set1_epi8(15)), _mm_set1_epi16(0x0110));
+    bytes = _mm_packus_epi16(bytes, bytes);
+  }
+  memcpy(packed, &bytes, n * bits / 8);
+}
+
+static inline __attribute__((always_inline)) void quantize_rows(const char *w, uint8_t *packed, void *scale, long rows,
+    long group, int bits, int type, int threads) {
+  #pragma omp parallel for num_threads(threads) schedule(guided)
+  for (long row = 0; row < rows; row++) {
+    const char *from = w + row * group * size_of(type);
+    uint8_t *to = packed + row * group * bits / 8;
+    __m256 s = rounded(_mm256_div_ps(largest(from, type, group), _mm256_set1_ps(bits == 8 ? 127 : 7)), type);
+    store(scale, type, row, 1, s);
+    if (_mm256_cvtss_f32(s) == 0) s = _mm256_set1_ps(1);
+    long i = 0;
+    for (; i + 16 <= group; i += 16) quantize_part(from + i * size_of(type), to + i * bits / 8, 16, s, bits, type);
+    if (i < group) quantize_part(from + i * size_of(type), to + i * bits / 8, group - i, s, bits, type);
+  }
+}
+
+/* Each row of w[rows][group] rounded to the released packing, with its scale: `quantize_weight`, bit for bit. */
+void quantize(const char *w, uint8_t *packed, void *scale, long rows, long group, int bits, int type, int threads) {
+  #define QUANTIZE(BITS, TYPE) if (bits == BITS && type == TYPE) \
+    quantize_rows(w, packed, scale, rows, group, BITS, TYPE, threads);
+  QUANTIZE(4, FLOAT32) QUANTIZE(4, FLOAT16) QUANTIZE(4, BFLOAT16)
+  QUANTIZE(8, FLOAT32) QUANTIZE(8, FLOAT16) QUANTIZE(8, BFLOAT16)
+}
+"""
+
 
 def source(instructions: str) -> str:
     """Return the C file for "avx512" or "avx2": the tiles between the shared parts."""
@@ -387,4 +512,4 @@ def source(instructions: str) -> str:
     for bits in (4, 8):
         entries = ", ".join(f"[{tokens}] = tile_{bits}_{tokens}" for tokens in TILES[instructions])
         tiles += f"static const tile tiles_{bits}[] = {{{entries}}};\n"
-    return HEAD + tiles + BODY
+    return HEAD + tiles + BODY + PREPARE

@@ -6,6 +6,8 @@ even column in the high nibble: (q[2j] & 15) << 4 | (q[2j + 1] & 15). `weight_sc
 [out, in / group_size] where every group of inputs has its own scale (better int4, but not the released format).
 """
 
+import functools
+import math
 from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
@@ -28,10 +30,21 @@ def check_bits(bits: int, in_features: int = 2, group_size: Optional[int] = None
 
 def check_weight(weight: Tensor, bits: int, group_size: Optional[int] = None) -> None:
     """Raise ValueError where `quantize_weight` cannot round a float weight [out, in]."""
+    check_shape(weight, bits, group_size)
+    if weight.numel():
+        check_finite(torch.stack(torch.aminmax(weight)))
+
+
+def check_shape(weight: Tensor, bits: int, group_size: Optional[int] = None) -> None:
+    """`check_weight` without a look at the values."""
     check_bits(bits, weight.shape[1], group_size)
     if weight.is_meta:
         raise ValueError("the weight is on the meta device and has no values yet: load the checkpoint first")
-    if weight.numel() and not torch.stack((weight.amin(), weight.amax())).isfinite().all():
+
+
+def check_finite(values: Tensor) -> None:
+    """Raise ValueError if one of `values` is nan or inf; a weight's scales are, where the weight is."""
+    if not values.isfinite().all():
         raise ValueError("the weight contains nan or inf and cannot be quantized: repair the checkpoint, or use skip=")
 
 
@@ -52,11 +65,11 @@ def quantize_weight(weight: Tensor, bits: int, group_size: Optional[int] = None)
     Divides and rounds in the weight's dtype, as the released files were made. Values that bfloat16 rounds up to 128
     are clamped to 127; a row of zeros has scale 0. Raises ValueError as `check_weight` does.
     """
-    check_weight(weight, bits, group_size)
+    check_shape(weight, bits, group_size)
     out, columns = weight.shape
     group = group_size or columns
     packed = torch.empty(out, columns * bits // 8, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(out, columns // group if group else 1, dtype=weight.dtype, device=weight.device)
+    scale = torch.zeros(out, columns // group if group else 1, dtype=weight.dtype, device=weight.device)
     rows = max(CHUNK // max(columns, 1), 1)
     for i in range(0, out if columns else 0, rows):
         w = weight[i : i + rows].reshape(-1, columns // group, group)
@@ -64,6 +77,7 @@ def quantize_weight(weight: Tensor, bits: int, group_size: Optional[int] = None)
         s = scale[i : i + rows, :, None]
         q = (w / torch.where(s == 0, 1, s)).float().round_().clamp_(-LIMIT[bits], LIMIT[bits]).to(torch.int8).flatten(1)
         packed[i : i + rows] = q if bits == 8 else pack(q)
+    check_finite(scale)
     return packed, scale if group_size else scale[:, 0].contiguous()
 
 
@@ -84,6 +98,25 @@ def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Opti
     dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     y = F.linear(x.to(dtype), dequantize_weight(weight, weight_scale, bits, dtype))
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+def without_overflow(linear: Callable) -> Callable:
+    """For a kernel on a CPU that multiplies x by q first and by the scale at the end: |q| * |x| may exceed float32.
+
+    Rows of finite inputs that give others are multiplied again, as x / 2^40.
+    """
+
+    @functools.wraps(linear)
+    def product(x, weight, weight_scale, bias, bits):
+        y = linear(x, weight, weight_scale, bias, bits)
+        if x.dtype != torch.float16 and not math.isfinite(y.sum()):
+            rows = x.isfinite().all(dim=1) & ~y.isfinite().all(dim=1)
+            if rows.any():
+                part = linear(x[rows] * 2.0**-40, weight, weight_scale, None, bits).float() * 2.0**40
+                y[rows] = (part if bias is None else part + bias).to(y.dtype)
+        return y
+
+    return product
 
 
 class Layout(NamedTuple):
@@ -111,8 +144,10 @@ class Family(NamedTuple):
         may call it at once. Gradients are not its business.
     unavailable(device) -> None, or in one line why the family cannot run there and what would help. It takes any device
         and never raises; its answer is kept.
+    quantize(weight, bits, group_size) -> as `quantize_weight`, bit for bit; None if that is what it has.
     """
 
     linear: Callable
     unavailable: Callable
     layout: Optional[Layout] = None
+    quantize: Optional[Callable] = None

@@ -11,9 +11,10 @@ import sys
 
 import torch
 
-from .quantization import check_backend, choose, quantize
-from .quantization_format import check_bits, quantize_weight
-from .transformers_compat import QuantizationConfigMixin, RoundingQuantizer, register_quantization
+from .quantization import FAMILIES, QuantizedLinear, check_backend, choose, quantize, round_weight
+from .quantization_format import check_bits
+from .torch_compat import has_accelerator
+from .transformers_compat import QuantizationConfigMixin, RoundingQuantizer, progress_bar, register_quantization
 
 
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
@@ -49,7 +50,7 @@ class ChatGLMQuantizer(RoundingQuantizer):
     def rounded(self, layer, name, weight):
         """(rounded weight, its scale) for `layer`, from its float weight, which is called `name`."""
         try:
-            tensors = quantize_weight(weight, layer.bits, layer.group_size)
+            tensors = round_weight(weight, layer.bits, layer.group_size)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         release_pages(weight)
@@ -65,18 +66,44 @@ def missing_quantized_weights_error(bits, found):
     )
 
 
-def release_pages(weight):
-    """Drop a weight's pages: a checkpoint that is mapped into memory would otherwise stay in it until loading ends.
+def lay_out(model):
+    """Convert the weights to their kernel's layout, which the first forward would do otherwise.
 
-    No data is lost: pages of a file are read again on the next access.
+    They stay as they are where the model is likely to be moved or sharded first.
     """
-    pageout = getattr(mmap, "MADV_PAGEOUT", 21)
-    if weight.device.type == "cpu" and sys.platform == "linux" and weight.is_contiguous():
-        page = mmap.PAGESIZE
-        begin = -(-weight.data_ptr() // page) * page
-        size = weight.data_ptr() + weight.numel() * weight.element_size() - begin
-        if size > 0:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), pageout)
+    if has_accelerator() or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    for layer in progress_bar(layers, "Laying out weights"):
+        weight, kind = layer.weight, FAMILIES.get(layer.backend, "cpu")
+        if weight.device.type == kind == "cpu":
+            layer.lay_out()
+            if layer.weight is not weight:
+                release_pages(weight)
+
+
+def release_pages(weight):
+    """Unmap a weight that was read from a mapped file: it would otherwise count as this process's until loading ends.
+
+    Its pages stay in the system's file cache, from which the next access, or the next start, reads them.
+    """
+    if weight.device.type != "cpu" or sys.platform != "linux" or not weight.is_contiguous():
+        return
+    begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = weight.data_ptr() + weight.numel() * weight.element_size() - begin
+    if size > 0 and is_file(begin, begin + size):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def is_file(begin, end):
+    """Whether these addresses are a mapped file, whose pages can be dropped without loss."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:  # 7f0000000000-7f0000001000 r--p 00000000 08:01 1234 /path
+            addresses, _, _, _, inode, *_ = line.split()
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            if first <= begin < last:
+                return end <= last and inode != "0"
+    return False
 
 
 register_quantization("chatglm", ChatGLMQuantizationConfig, ChatGLMQuantizer)

@@ -14,7 +14,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from .quantization_format import Family, Layout, pack
+from .quantization_format import Family, Layout, pack, without_overflow
 
 # Each method was measured to be fastest up to this many tokens. Keys: whether torch has fast int8 products
 FEW_PACKED = {True: 48, False: 256}  # torch's int4 product; unpacking beyond
@@ -197,6 +197,7 @@ def _split(packed: Tensor, low: Tensor, high: Tensor, flip: bool) -> None:
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
+@without_overflow
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
     """x [N, in] -> [N, out], with the weight in the released packing."""
     if bits == 8:
@@ -204,6 +205,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
     return _by_rows(x, weight.contiguous(), weight_scale, bias, bits, _from_pairs, _even_first)
 
 
+@without_overflow
 def linear_in_layout(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
     """x [N, in] -> [N, out], with the weight in torch's int4 layout."""
     if x.dtype in HALF and 0 < len(x) <= FEW_PACKED[multiplies_integers(bits)]:

@@ -6,18 +6,18 @@ Text never encodes to a special id: "[gMASK]" or "</s>" in user input become ord
 from `get_command` and `build_inputs_with_special_tokens`.
 """
 
-import inspect
 import os
 import re
-from functools import cached_property
 from itertools import accumulate, groupby
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizer
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-COMMANDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+from .chat_template_chatglm import ChatTemplateMixin
+from .family_chatglm import COMMANDS, Roles, conversation, tokenizer_family
+
+TYPED_COMMAND = re.compile(r"(\[s?MASK\]|\[gMASK\]|(?<=MASK\])(?:sop|eop)|<\|(?:system|user|assistant|observation)\|>)")
 
 
 class SPTokenizer:
@@ -31,7 +31,7 @@ class SPTokenizer:
             OSError, which `from_pretrained` would replace by a vaguer message.
     """
 
-    def __init__(self, model_path):
+    def __init__(self, model_path, commands=COMMANDS, shown=()):
         if model_path is None or not os.path.isfile(model_path):
             raise ValueError(
                 f"tokenizer.model is missing (looked for {model_path}). It comes with the weights: copy it into the "
@@ -46,27 +46,75 @@ class SPTokenizer:
                 "be incomplete (a Git LFS pointer has about 130 bytes). Download the file again."
             ) from error
         size = self.sp_model.vocab_size()
-        self.special_tokens = {command: size + i for i, command in enumerate(COMMANDS)}
+        self.special_tokens = {command: size + i for i, command in enumerate(commands)}
         self.index_special_tokens = {i: command for command, i in self.special_tokens.items()}
-        self.n_words = size + len(COMMANDS)
+        self.shown = {self.special_tokens[command]: command for command in shown}
+        self.n_words = size + len(commands)
         self.bos_id = self.sp_model.bos_id()
         self.eos_id = self.sp_model.eos_id()
         self.pad_id = self.sp_model.unk_id()
 
-    @cached_property
+    @property
     def _tokenizer(self):
-        """A decoder of the same text in Rust, under the name that `transformers serve` looks up."""
-        vocab, silent = self.get_vocab(), (self.sp_model.unk_id(), self.bos_id, self.eos_id)
-        hidden = [piece for piece, i in vocab.items() if i in self.index_special_tokens or i in silent]
-        return rust_decoder(vocab, hidden)
+        """The Rust decoder of the ChatGLMTokenizer around it, under the name that `transformers serve` looks up."""
+        return self.rust_decoder()
 
     def get_vocab(self):
         """Return {token: id} of the pieces and the commands."""
         pieces = {self.sp_model.IdToPiece(i): i for i in range(self.sp_model.vocab_size())}
         return {**pieces, **self.special_tokens}
 
+    def is_text(self, index):
+        """Whether the id gives text: not a command, <unk>, <s>, </s>, nor an id of the padded embedding."""
+        pieces = self.sp_model
+        return 0 <= index < pieces.vocab_size() and not pieces.IsControl(index) and not pieces.IsUnknown(index)
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
+    def convert_token_to_id(self, token):
+        """Return the id of a piece or a command, and that of <unk> for anything else."""
+        return self.special_tokens[token] if token in self.special_tokens else self.sp_model.PieceToId(token)
+
+    def convert_id_to_token(self, index):
+        """Return the piece of an id, or the name of a command that is shown; "" if the id gives no text."""
+        return self.shown.get(index) or (self.sp_model.IdToPiece(index) if self.is_text(index) else "")
+
+    def tokenize(self, s):
+        """Split text into pieces."""
+        return self.sp_model.EncodeAsPieces(s)
+
+    def encode(self, s, bos=False, eos=False):
+        """Return the ids of text, without [gMASK] sop; with <s> in front and </s> at the end if asked for."""
+        return [self.bos_id] * bos + self.sp_model.EncodeAsIds(s) + [self.eos_id] * eos
+
+    def decode(self, t, keep_space=False):
+        """Return the text of ids, by default without the space that SentencePiece puts in front of every text."""
+        ids = [i for i in t if self.is_text(i)]
+        newline = [self.sp_model.PieceToId("<0x0A>")] if keep_space else []
+        return self.sp_model.DecodeIds(newline + ids)[len(newline) :]
+
+    def decode_tokens(self, tokens):
+        """Return the text of pieces."""
+        return self.sp_model.DecodePieces(tokens)
+
+
+BUILT_IN = {"eos_token": ("</s>", 2), "pad_token": ("<unk>", 0), "unk_token": ("<unk>", None)}  # no bos_token
+
+
+def special_token(name):
+    """Properties for a special token and its id: those of the token that the user has named, or the built-in ones."""
+    token, token_id = BUILT_IN[name]
+
+    def get_token(self):
+        return self.special_tokens_map.get(name) or token
+
+    def get_id(self):
+        named = self.special_tokens_map.get(name)
+        return self.convert_tokens_to_ids(named) if named else token_id
+
+    properties = [getattr(PreTrainedTokenizer, key, None) for key in (name, f"{name}_id")]  # up to transformers 4.46
+    return [property(get, getattr(base, "fset", None)) for get, base in zip((get_token, get_id), properties)]
+
+
+class ChatGLMTokenizer(ChatTemplateMixin, PreTrainedTokenizer):
     """The ChatGLM2 tokenizer: pads on the left, and returns `position_ids` among its outputs.
 
     Args:
@@ -77,27 +125,37 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
+    eos_token, eos_token_id = special_token("eos_token")
+    pad_token, pad_token_id = special_token("pad_token")
+    unk_token, unk_token_id = special_token("unk_token")
 
     def __init__(self, vocab_file=None, padding_side="left", clean_up_tokenization_spaces=False, **kwargs):
-        self.tokenizer = SPTokenizer(vocab_file)
+        folder = os.path.dirname(vocab_file or "")
+        self.model_family = kwargs["model_family"] = tokenizer_family(folder, kwargs)
+        self.conversation = conversation(self.model_family)
+        self.encode_special_tokens = kwargs.pop("encode_special_tokens", False)
+        if self.encode_special_tokens:
+            self._roles()
+        self.tokenizer = SPTokenizer(vocab_file, self.conversation.commands, self.conversation.shown)
+        self.tokenizer.rust_decoder = self._rust_decoder
+        self._cached_rust_decoder = None, None
         self.vocab_file = vocab_file
-        pieces = self.tokenizer.sp_model
-        named = {"unk_token": pieces.unk_id(), "bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
-        self.builtin_tokens = {**{pieces.IdToPiece(i): i for i in named.values()}, **self.tokenizer.special_tokens}
-        for name, i in named.items():
-            kwargs[name] = pieces.IdToPiece(i)
-        kwargs["pad_token"] = kwargs.get("pad_token") or kwargs["unk_token"]
+        self.builtin_tokens = {"<unk>": 0, "<s>": 1, "</s>": 2, **self.tokenizer.special_tokens}
+        for name, (token, _) in BUILT_IN.items():
+            if kwargs.get(name) is None or str(kwargs[name]) == token:
+                kwargs.pop(name, None)
+        self.split_special_tokens = kwargs.get("split_special_tokens", False)  # for transformers before 4.34
         super().__init__(padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs)
         self._read_chat_template()
 
-    def _read_chat_template(self):
-        """Read the template from its file, for releases of transformers that do not read it."""
-        path = os.path.join(os.path.dirname(self.vocab_file), CHAT_TEMPLATE_FILE)
-        if getattr(self, "chat_template", None) is None and os.path.isfile(path):
-            with open(path, encoding="utf-8") as f:
-                self.chat_template = f.read()
-
     # Vocabulary
+
+    @property
+    def special_tokens_map(self):
+        """{"eos_token": ...} of the special tokens that the user has named; like `all_special_ids` empty without."""
+        named = getattr(super(), "special_tokens_map_extended", None)  # before transformers 5 this has no properties
+        named = super().special_tokens_map if named is None else named
+        return {name: list(map(str, token)) if isinstance(token, list) else str(token) for name, token in named.items()}
 
     @property
     def vocab_size(self):
@@ -109,13 +167,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return {**self.tokenizer.get_vocab(), **self.get_added_vocab()}
 
     def get_command(self, token):
-        """Return the id of a command: [MASK], [gMASK], [sMASK], sop, eop, or <bos>, <eos>, <pad>.
+        """Return the id of a command: [MASK], [gMASK], [sMASK], sop, eop, ChatGLM3's roles, <bos>, <eos>, <pad>, <unk>.
 
         Raises:
             ValueError: `token` is not one of them.
         """
         words = self.tokenizer
-        commands = {**words.special_tokens, "<bos>": words.bos_id, "<eos>": words.eos_id, "<pad>": words.pad_id}
+        commands = {
+            **words.special_tokens,
+            "<bos>": words.bos_id,
+            "<eos>": words.eos_id,
+            "<pad>": words.pad_id,
+            "<unk>": 0,
+        }
         if token not in commands:
             raise ValueError(f"{token!r} is not a command: use one of {', '.join(commands)}.")
         return commands[token]
@@ -127,67 +191,126 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id(self, token):
         if token in self.builtin_tokens:
             return self.builtin_tokens[token]
-        return self.tokenizer.sp_model.PieceToId(token)
+        return self.tokenizer.convert_token_to_id(token)
 
     def _convert_id_to_token(self, index):
         """Return the piece of an id; "" for special ids and for ids of the padded embedding."""
-        return self.tokenizer.sp_model.IdToPiece(index) if self._is_text(index) else ""
-
-    def _is_text(self, index):
-        pieces = self.tokenizer.sp_model
-        return 0 <= index < pieces.vocab_size() and not pieces.IsControl(index) and not pieces.IsUnknown(index)
+        return self.tokenizer.convert_id_to_token(index)
 
     def _user_added_vocab(self):
         return {token: i for token, i in self.get_added_vocab().items() if i >= self.vocab_size}
 
     # Text to ids and back
 
-    def tokenize(self, text, pair=None, add_special_tokens=False, **kwargs):
-        """Split `text` into pieces. Tokens added by the user are kept whole; built-in special tokens are plain text."""
+    def tokenize(self, text, pair=None, add_special_tokens=False, split_special_tokens=None, **kwargs):
+        """Split `text` into pieces. Tokens added by the user are kept whole; built-in special tokens are plain text.
+
+        split_special_tokens: split added tokens that are special, too; by default as the constructor was told.
+        """
         if pair is not None or add_special_tokens:
             raise ValueError("tokenize() takes one text and adds no special tokens; call the tokenizer itself for ids.")
-        added = self._user_added_vocab()
-        if not added:
-            return self._tokenize(text)
-        longest_first = sorted(added, key=len, reverse=True)
-        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-        return [t for part in parts if part for t in ([part] if part in added else self._tokenize(part))]
+        check_unicode(text, "the text")
+        parts = self._split_at_added_tokens(text, split_special_tokens)
+        return [token for part, _, added in parts for token in ([added] if added else self._tokenize(part))]
 
     def _tokenize(self, text, **kwargs):
-        return self.tokenizer.sp_model.EncodeAsPieces(text)
+        if not self.encode_special_tokens:
+            return self.tokenizer.tokenize(text)
+        tokens = []
+        for i, part in enumerate(TYPED_COMMAND.split(text)):  # every second part is a command
+            tokens += [part] if i % 2 else self.tokenizer.tokenize(part)
+        return tokens
+
+    def _split_at_added_tokens(self, text, split_special_tokens=None):
+        """Yield (part of text, where it begins, the added token that it is or None), without empty parts."""
+        added = self._user_added_vocab()
+        if not added:
+            yield text, 0, None
+            return
+        split_special_tokens = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        details = {str(token): token for token in self.added_tokens_decoder.values()}  # AddedToken; before 4.34 str
+        special = set(self.all_special_tokens)
+        patterns = []
+        for name in sorted(added, key=len, reverse=True):  # the longest first
+            token = details[name]
+            if split_special_tokens and (getattr(token, "special", False) or name in special):
+                continue
+            pattern = "(" + re.escape(name) + ")"
+            pattern = rf"(?<!\S){pattern}(?!\S)" if getattr(token, "single_word", False) else pattern
+            left = r"\s*" if getattr(token, "lstrip", False) else ""
+            right = r"\s*" if getattr(token, "rstrip", False) else ""
+            patterns.append(left + pattern + right)
+        end = 0
+        for match in re.finditer("|".join(patterns), text) if patterns else ():
+            if match.start() > end:
+                yield text[end : match.start()], end, None
+            yield match[0], match.start(), match[match.lastindex]
+            end = match.end()
+        if end < len(text):
+            yield text[end:], end, None
 
     def convert_tokens_to_string(self, tokens):
         """Join pieces to text; special tokens give no text."""
         return self._decode(self.convert_tokens_to_ids(tokens))
 
-    def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs):
+    def _decode(
+        self,
+        token_ids,
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=None,
+        spaces_between_special_tokens=False,
+        **kwargs,
+    ):
         """Decode ids to text. Special ids and ids of the padded embedding give no text.
 
-        A single special id, passed as an int, gives its name: evaluation tools look up "</s>" this way.
+        The id of the eos or pad token, passed as an int, gives its name: evaluation tools look up "</s>" this way.
+        spaces_between_special_tokens: put a space on either side of tokens that were added.
         """
-        if isinstance(token_ids, int) and not skip_special_tokens and token_ids in self.all_special_ids:
-            return next((token for token, i in self.builtin_tokens.items() if i == token_ids), "")
+        if isinstance(token_ids, int) and not skip_special_tokens:
+            for i, token in ((self.eos_token_id, self.eos_token), (self.pad_token_id, self.pad_token)):
+                if token_ids == i:
+                    return token
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        added = {i: token for token, i in self._user_added_vocab().items()}
-        hidden = set(self.all_special_ids) if skip_special_tokens else ()
-        ids = [i for i in ids if self._is_text(i) or (i in added and i not in hidden)]
-        runs = groupby(ids, key=added.__contains__)
-        text = "".join(
-            "".join(added[i] for i in run) if is_added else self.tokenizer.sp_model.DecodeIds(list(run))
-            for is_added, run in runs
-        )
+        hidden = {*self.all_special_ids, *self.tokenizer.shown} if skip_special_tokens else ()
+        text = self._text([i for i in ids if i not in hidden], " " if spaces_between_special_tokens else "")
         clean = getattr(self, "clean_up_tokenization", str)  # missing in transformers 5.0
         return clean(text) if clean_up_tokenization_spaces else text
+
+    def _text(self, ids, between=""):
+        named, parts = {**{i: token for token, i in self._user_added_vocab().items()}, **self.tokenizer.shown}, []
+        ids = (i for i in ids if i in named or self.tokenizer.is_text(i))
+        for is_named, run in groupby(ids, key=named.__contains__):
+            run = list(run)
+            behind_command = parts and parts[-1] in self.tokenizer.special_tokens
+            parts += [named[i] for i in run] if is_named else [self.tokenizer.decode(run, keep_space=behind_command)]
+        return between.join(parts)
+
+    def _rust_decoder(self):
+        """A `tokenizers.Tokenizer` that can only decode, for tokenizers' `DecodeStream`: its tokens are ids in digits.
+
+        A stream's text is that of `decode(ids, skip_special_tokens=True)` without the U+FFFD at its end: they may be
+        the beginning of a character.
+        """
+        key = len(self), tuple(self.all_special_ids)
+        if self._cached_rust_decoder[0] != key:
+            rust = Tokenizer(models.WordLevel(vocab={str(i): i for i in range(len(self))}, unk_token="0"))
+            rust.add_special_tokens([str(i) for i in self.all_special_ids])
+            rust.decoder = decoders.Decoder.custom(DigitsDecoder(self._text))
+            self._cached_rust_decoder = key, rust
+        return self._cached_rust_decoder[1]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_cached_rust_decoder": (None, None)}  # tokenizers cannot pickle a decoder in Python
 
     def without_half_character(self, ids):
         """Return `ids` up to the last complete character, without ids that give no text.
 
         Byte fallback encodes a rare character with one id per byte, so a stream can stop in the middle of one.
         """
-        pieces, added = self.tokenizer.sp_model, set(self._user_added_vocab().values())
-        ids = [i for i in ids if self._is_text(i) or i in added]  # others may occur within a character
+        pieces, named = self.tokenizer.sp_model, {*self._user_added_vocab().values(), *self.tokenizer.shown}
+        ids = [i for i in ids if self.tokenizer.is_text(i) or i in named]  # others may occur within a character
         for count, i in enumerate(reversed(ids[-3:]), start=1):  # a character has at most four bytes
-            if not (self._is_text(i) and pieces.IsByte(i)):
+            if not (self.tokenizer.is_text(i) and pieces.IsByte(i)):
                 break
             byte = int(pieces.IdToPiece(i)[1:-1], 16)  # "<0xE4>"
             length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
@@ -196,6 +319,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             if byte < 0x80:
                 break
         return ids
+
+    def answer(self, ids):
+        """The text of an answer's ids, up to the last complete character, without the id that ends it."""
+        ids = list(ids)
+        return self.decode(self.without_half_character(ids[:-1] if ids and ids[-1] in self.stop_ids() else ids))
+
+    def stop_ids(self):
+        """Ids that end an answer: </s>, and for ChatGLM3 the roles that speak next."""
+        return [self.eos_token_id, *map(self.get_command, self.conversation.stops)]
+
+    def encode_continuation(self, text):
+        """The ids of text that follows other text: without a space in front, which most models' encoding adds."""
+        ids = self.encode(text, add_special_tokens=False)
+        return ids[1:] if ids and self.convert_ids_to_tokens(ids[0]) == "▁" else ids
 
     # Ids to model inputs
 
@@ -208,7 +345,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Return 1 for [gMASK], sop and every other special id, 0 for text."""
         if not already_has_special_tokens:
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
-        return [int(not self._is_text(i)) for i in token_ids_0]
+        return [int(not self.tokenizer.is_text(i)) for i in token_ids_0]
 
     def create_token_type_ids_from_sequences(self, token_ids_0, token_ids_1=None):
         """Return zeros: ChatGLM2 has no segments."""
@@ -229,6 +366,32 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # Chat
 
+    def build_single_message(self, role, metadata, message):
+        """ChatGLM3: the ids of one message.
+
+        Raises:
+            ValueError: an unknown role, or another model's tokenizer.
+        """
+        return self._roles().message(self, role, metadata, message)
+
+    def build_chat_input(self, query, history=None, role="user"):
+        """ChatGLM3: the model's inputs for a message after `history`: tensors, int [1, T].
+
+        Raises:
+            ValueError: an unknown role, or another model's tokenizer.
+        """
+        roles = self._roles()
+        ids = roles.prompt(self, query, roles.checked(query, history, role), role)
+        return self.pad({"input_ids": [ids]}, return_tensors="pt")
+
+    def _roles(self):
+        if not isinstance(self.conversation, Roles):
+            raise ValueError(
+                f"This is the tokenizer of {self.model_family}, whose prompt has no roles. If the weights are "
+                'ChatGLM3\'s, write "model_family": "chatglm3" into config.json and tokenizer_config.json.'
+            )
+        return self.conversation
+
     def build_prompt(self, query, history=None, system=None):
         """Build the chat prompt.
 
@@ -240,47 +403,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Returns:
             The text; encode it with special tokens to get the model's input.
         """
-        past = "".join(self.build_round(i, q) + f"{r}\n\n" for i, (q, r) in enumerate(history or [], start=1))
+        past = ""
+        for i, (asked, answered) in enumerate(history or [], start=1):
+            check_unicode(f"{answered}", f"the response of round {i}")
+            past += self.build_round(i, asked) + f"{answered}\n\n"
         return (f"{system}\n\n" if system else "") + past + self.build_round(len(history or []) + 1, query)
 
     def build_round(self, number, query):
         """The start of a round, numbered from 1: up to 答： and without an answer."""
+        check_unicode(f"{query}", f"the query of round {number}")
         return f"[Round {number}]\n\n问：{query}\n\n答："
-
-    def apply_chat_template(
-        self,
-        conversation,
-        *args,
-        tokenize=True,
-        padding=False,
-        truncation=False,
-        max_length=None,
-        return_tensors=None,
-        return_dict=None,
-        tokenizer_kwargs=None,
-        **kwargs,
-    ):
-        """As in transformers, with [gMASK] sop in front of the ids, which no text encodes to.
-
-        With `add_generation_prompt=True` the ids are those of `build_prompt`. An optional system message comes before
-        round 1; user and assistant alternate. Any other order raises jinja2's TemplateError.
-        """
-        if kwargs.pop("return_assistant_tokens_mask", False):
-            raise ValueError("return_assistant_tokens_mask needs a fast tokenizer; this one is not.")
-        text = super().apply_chat_template(conversation, *args, tokenize=False, **kwargs)
-        if not tokenize:
-            return text
-        if return_dict is None:
-            return_dict = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters["return_dict"].default
-        inputs = self(
-            text,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            **(tokenizer_kwargs or {}),
-        )
-        return inputs if return_dict else inputs["input_ids"]
 
     # Files
 
@@ -293,18 +425,28 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return (path,)
 
 
-def rust_decoder(vocab, special_tokens):
-    """Build a `tokenizers.Tokenizer` that decodes ids as SentencePiece does. It has no merges, so it cannot encode.
+def check_unicode(text, what):
+    """Raise ValueError if `text` holds half of a surrogate pair, which JSON can spell ("\\ud800") but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        i = error.start
+        before = text[max(i - 20, 0) : i]
+        raise ValueError(
+            f"{what} cannot be encoded in UTF-8: character {i} is {text[i]!r}, half of a surrogate pair, after "
+            f"{before!r}. Remove it."
+        ) from None
 
-    Args:
-        vocab: {token: id}; pieces use "▁" for a space and "<0xE4>" for a byte.
-        special_tokens: the tokens of `vocab` that give no text with `skip_special_tokens`.
 
-    Ids beyond `vocab`, those of tokens added by the user, give no text.
+class DigitsDecoder:
+    """Calls `text` with the ids whose digits are the tokens.
+
+    tokenizers' own ByteFallback shows every byte of a run as U+FFFD where one is stray. DecodeStream fails there, as
+    the text no longer begins with what it has passed on.
     """
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special_tokens])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return tokenizer
+
+    def __init__(self, text):
+        self.text = text
+
+    def decode_chain(self, tokens):
+        return [self.text([int(token) for token in tokens])]

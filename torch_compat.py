@@ -5,6 +5,8 @@ int4 layers is part of compiled graphs from 2.4 on (`torch.library.custom_op`); 
 """
 
 import contextlib
+import inspect
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,19 @@ else:  # delete with torch 2.4
         return (weight * wide).to(x.dtype)
 
 
+def load_without_data(path):
+    """The tensors of a file by `torch.save`, on the meta device. From torch 2.1 on their data is not read from disk."""
+    lazy = {"mmap": True} if "mmap" in inspect.signature(torch.load).parameters and zipfile.is_zipfile(path) else {}
+    return torch.load(path, map_location="meta", weights_only=True, **lazy)
+
+
+def has_accelerator():
+    """Whether there is a device to which a model is likely to be moved after loading."""
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available()  # delete with torch 2.6
+
+
 def needs_dispatch(x):
     """Whether an op on x must go through torch's dispatcher.
 
@@ -50,10 +65,13 @@ def without_cudnn_attention(lengths_vary):
 
     cuDNN builds a plan for every new length, which takes 40 ms on an H200: once per token while decoding.
     """
+    if not lengths_vary:
+        yield
+        return
     flags = torch.backends.cuda
     others = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled()
     cudnn = hasattr(flags, "enable_cudnn_sdp") and flags.cudnn_sdp_enabled()  # missing before torch 2.5
-    if not (lengths_vary and others and cudnn):
+    if not (others and cudnn):
         yield
         return
     flags.enable_cudnn_sdp(False)

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, modeling_outputs
+from transformers.utils import logging
 
 from .torch_compat import is_compiling
 
@@ -332,6 +333,33 @@ def drafts(kwargs, generation_config):
     return bool(kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens") or lookup)
 
 
+class LineStreamer:
+    """Lets a TextStreamer keep the first space of a line, also of the first line behind a prompt that it skips.
+
+    Before 5.24 it forgets the tokens of a line at its end and decodes the next line by itself, where SentencePiece
+    drops the first space as in front of every text: code lost one column of its indentation. With the line feed left in
+    its cache, as printed already, the next line is decoded behind it.
+    """
+
+    def __init__(self, streamer):
+        self.streamer, self.line_feed = streamer, None
+
+    def put(self, value):
+        streamer = self.streamer
+        streamer.put(value)
+        if streamer.token_cache:
+            return
+        last = value.flatten()[-1:].tolist()
+        text = streamer.tokenizer.decode(last, **streamer.decode_kwargs)
+        if text.endswith("\n"):
+            self.line_feed = last, len(text)
+        if self.line_feed:
+            streamer.token_cache, streamer.print_len = list(self.line_feed[0]), self.line_feed[1]
+
+    def end(self):
+        self.streamer.end()
+
+
 class GenerationMixin(transformers.GenerationMixin):
     """transformers' `generate`, which takes the cache under both names on every release."""
 
@@ -340,6 +368,8 @@ class GenerationMixin(transformers.GenerationMixin):
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE] = cache
+        if isinstance(kwargs.get("streamer"), transformers.TextStreamer):
+            kwargs["streamer"] = LineStreamer(kwargs["streamer"])
         if VERSION < (4, 42) and kwargs.get("prompt_lookup_num_tokens"):  # delete with 4.42
             raise ValueError("prompt_lookup_num_tokens needs transformers 4.42: upgrade, or leave it out.")
         if VERSION < (4, 49) and not drafts(kwargs, kwargs.get("generation_config")):
@@ -464,6 +494,11 @@ def register_quantization(method, config_class, quantizer_class):
     """Register `method` for from_pretrained's quantization_config; a later import replaces an earlier one."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
     AUTO_QUANTIZER_MAPPING[method] = quantizer_class
+
+
+def progress_bar(items, title):
+    """`items`, with a bar in a terminal if they take over a second; transformers' disable_progress_bar hides it."""
+    return logging.tqdm(items, desc=title, disable=None, delay=1)
 
 
 # ---- serving --------------------------------------------------------------------------------------------------------

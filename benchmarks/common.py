@@ -17,7 +17,7 @@ import transformers
 from transformers import DynamicCache, GlmForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from chatglm2 import quantization, quantization_cpu, quantization_format  # noqa: F401
+from chatglm2 import c_library, quantization, quantization_cpu, quantization_format  # noqa: F401
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm2.transformers_compat import CACHE, grow_in_place  # noqa: F401
@@ -61,21 +61,32 @@ def random_model(shape="small", dtype=torch.float32, device="cpu", layers=None, 
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config).to(dtype)
     model.to_empty(device=device)
-    generator = torch.Generator().manual_seed(0)
-    floats = (torch.randn(1 << 20, generator=generator) * 0.02).to(device)
-    integers = torch.randint(-128, 128, (1 << 20,), dtype=torch.int8, generator=generator).to(device)
+    fill = random_filler(config.quantization_bit)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        flat = tensor.data.view(-1)
+        fill(name, tensor.data)
+    return model.eval()
+
+
+def random_filler(bits=0):
+    """fill(name, tensor) -> the tensor with random values of the usual size; a norm has ones."""
+    generator = torch.Generator().manual_seed(0)
+    floats = torch.randn(1 << 20, generator=generator) * 0.02
+    integers = torch.randint(-128, 128, (1 << 20,), dtype=torch.int8, generator=generator)
+
+    def fill(name, tensor):
+        flat = tensor.view(-1)
         if name.endswith("weight_scale"):
-            flat.fill_(0.06 / (127 if config.quantization_bit == 8 else 7))
+            flat.fill_(0.02 / (127 if bits == 8 else 7))
         elif "norm" in name:
             flat.fill_(1)
         else:
-            source = (integers if tensor.dtype == torch.int8 else floats).to(tensor.dtype)
+            source = (integers if tensor.dtype == torch.int8 else floats).to(tensor.device, tensor.dtype)
             for i in range(0, flat.numel(), len(source)):
                 part = flat[i : i + len(source)]
                 part.copy_(source[: len(part)])
-    return model.eval()
+        return tensor
+
+    return fill
 
 
 def glm_of(model):
@@ -228,7 +239,7 @@ def instructions(device="cpu"):
     """What the choice of kernels depends on: "AVX512-VNNI", "AVX2", "GPU" or "other"."""
     if torch.device(device).type != "cpu":
         return "GPU"
-    known = [kind for kind, _ in quantization_cpu.instructions()]
+    known = [kind for kind, _ in c_library.instructions()]
     return {"avx512": "AVX512-VNNI", "avx2": "AVX2"}[known[0]] if known else "other"
 
 

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import torch
-from common import machine, record, resident_bytes
+from common import machine, random_filler, record, resident_bytes
+
+OUTPUT = "transformer.output_layer.weight"
 
 
 def arguments(parser):
@@ -21,30 +23,32 @@ def arguments(parser):
     parser.add_argument("--threads", type=int)
 
 
-def write_checkpoint(folder):
-    """Seven shards of random float16 numbers, named and shaped as the released ones are."""
+def write_checkpoint(folder, bits=0):
+    """Shards of random weights, named and shaped as the released ones are: float16, or int8 or int4 with its scales."""
     from chatglm2.configuration_chatglm import ChatGLMConfig
     from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = ChatGLMConfig(torch_dtype="float16")
+    config = ChatGLMConfig(torch_dtype="float16", quantization_bit=bits)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in ChatGLMForConditionalGeneration(config).state_dict().items()}
+        empty = ChatGLMForConditionalGeneration(config).half().state_dict()
     shards, size, part = [], 0, {}
-    for name, shape in shapes.items():
-        part[name] = shape
-        size += 2 * shape.numel()
+    for name, tensor in empty.items():
+        part[name] = tensor
+        size += tensor.nbytes
         if size > 1.8e9:
             shards, size, part = [*shards, part], 0, {}
     shards.append(part)
-    index = {}
+    index, fill = {}, random_filler(bits)
     for i, part in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: (torch.randn(shape) * 0.02).half() for name, shape in part.items()}
+        tensors = {name: fill(name, torch.empty_like(tensor, device="cpu")) for name, tensor in part.items()}
+        if OUTPUT in tensors:
+            tensors[OUTPUT][:1000] = tensors[OUTPUT][1256:] = 0  # so that greedy decoding yields printable tokens
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index.update({name: file for name in part})
-    total = sum(2 * shape.numel() for shape in shapes.values())
+    total = sum(tensor.nbytes for tensor in empty.values())
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
@@ -65,7 +69,7 @@ def load(folder, bits):
         model(torch.tensor([[5, 6, 7]]))
     sizes.update(model=model.get_memory_footprint(), peak=peak, before=before)
     sizes["peak_with_a_forward"] = resident_bytes("VmHWM")
-    return {"bits": bits, "seconds": round(seconds), **{f"{key}_gb": round(x / 1e9, 2) for key, x in sizes.items()}}
+    return {"bits": bits, "seconds": round(seconds, 1), **{f"{key}_gb": round(x / 1e9, 2) for key, x in sizes.items()}}
 
 
 def run(args):

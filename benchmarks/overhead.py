@@ -24,7 +24,7 @@ def arguments(parser):
 
 def bare_work(model, cache):
     """The step's matrix products and its attention, and nothing else."""
-    from chatglm2.modeling_chatglm import sdpa_attention
+    from chatglm2.attention_chatglm import choose_attention
 
     config, device = model.config, model.device
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -33,6 +33,8 @@ def bare_work(model, cache):
     }
     query = torch.randn(1, config.num_attention_heads, 1, config.kv_channels, device=device).to(model.dtype)
 
+    with torch.no_grad():
+        attend = choose_attention(config, query, None)
     kernel = quantization.family(quantization.choose("auto", device))
 
     @torch.no_grad()
@@ -45,7 +47,7 @@ def bare_work(model, cache):
             else:
                 layer(x)
         for held in cache.layers:
-            sdpa_attention(None, query, held.keys, held.values, None, scaling=None)
+            attend(None, query, held.keys, held.values, None, scaling=config.kv_channels**-0.5)
 
     return work
 

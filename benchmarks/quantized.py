@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from common import (
+    c_library,
     machine,
     memory_bandwidth,
     quantization,
-    quantization_cpu,
     quantization_format,
     random_model,
     ratio,
@@ -159,7 +159,7 @@ def time_model(args, bits, backend):
 
 def run(args):
     if args.instructions:
-        quantization_cpu.instructions = lambda: [(args.instructions, quantization_cpu.FLAGS)]
+        c_library.instructions = lambda: [(args.instructions, c_library.FLAGS)]
     limits = machine(getattr(torch, args.dtype), args.device)
     runs = [time_model(args, bits, b) for bits in args.bits for b in (args.backends if bits < 16 else ["auto"])]
     args.llama = "llama.cpp" if args.llama else None

@@ -7,6 +7,7 @@ of each kind. Running it again changes nothing. The pictures need matplotlib.
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -253,6 +254,23 @@ def errors(say, processor):
     return table(header, rows, records, "quantized", say) if rows else ""
 
 
+def context(say, processor):
+    """Each kind's decoding and prompts; the speed at a context relative to that at 512 tokens."""
+    records = newest(processor, "context", "bits", "small_head", "dtype", "layers")
+    rows = []
+    for record in records:
+        name = with_head(weights(record["settings"]), record["settings"], say)
+        for row in record["decode"]:
+            cells = [row["ours_ms"], row["torch_ms"], f"{row['ratio']}x", f"{row['speed']:.0%}"]
+            rows.append([name, f"token after {row['context']:,}, ms", *cells])
+        for row in record["prefill"]:
+            speeds = [row["ours_tokens_per_second"], row["torch_tokens_per_second"]]
+            share = f"{speeds[0] / record['prefill'][0]['ours_tokens_per_second']:.0%}"
+            rows.append([name, f"prompt of {row['length']:,}, tokens/s", *speeds, f"{row['ratio']}x", share])
+    header = ["weights", "", "this package's attention", "torch's", "faster", "speed relative to 512"]
+    return table(header, rows, records, "context", say)
+
+
 def loading(say, processor):
     records = newest(processor, "loading")
     rows = rows_of(records, "bits", "peak_gb", "peak_with_a_forward_gb", "model_gb")
@@ -275,6 +293,29 @@ def quality(say, processor):
     records = newest(processor, "quality")
     rows = rows_of(records, "weights", "cross_entropy", "divergence", "answers")
     return table(["weights", "cross entropy", "divergence", "answers"], rows, records, "quality", say)
+
+
+def starting(say, processor):
+    """The newest run's medians, of this version and of the one before it."""
+    records, rows = newest(processor, "start")[:1], []
+    for row in starts(records):
+        name = f"float16 folder, to int{row['quantize']}" if row["quantize"] else f"{row['folder']} folder"
+        version = "" if row["version"] == "after" else ", before"
+        rows.append([name + version, *(row[key] for key in STARTED)])
+    header = ["", "first sign, s", "prompt, s", "first token, s", "second, s", "longest silence, s", "peak, GB"]
+    return table(header, rows, records, "start", say)
+
+
+STARTED = ("sign", "prompt", "first_token", "second_token", "silence", "peak_gb")
+
+
+def starts(records):
+    """The starts of these runs, one a kind: the median of its rounds."""
+    kinds = {}
+    for record in records:
+        for row in record["rows"]:
+            kinds.setdefault((row["folder"], row["quantize"], row["version"]), []).append(row)
+    return [{**group[0], **{key: median(row[key] for row in group) for key in STARTED}} for group in kinds.values()]
 
 
 # `python benchmarks gpu`, whose lines are not those of the other benchmarks
@@ -354,7 +395,9 @@ def start(say, processor):
         return ""
     loaded = newest(HEADLINE, "loading")[:1]
     seconds = {row["bits"]: f"{row['seconds']} s" for record in loaded for row in record["rows"]}
-    rows, records = [], list(loaded)
+    files = newest(HEADLINE, "start")[:1]
+    started = [row for row in starts(files) if (row["folder"], row["version"]) == ("int4", "after")]
+    rows, records = [], [*loaded, *files]
     for name, call, kind, bits, small_head, source in START:
         size = f"{whole_run(HEADLINE, bits, small_head)[1]['model_gb']:.2f}"
         if kind == "GPU":
@@ -380,8 +423,8 @@ def start(say, processor):
             times = speed["ratios"].get("llama.cpp")
             cells[-1] = f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else "")
         time = seconds[bits] if source == "results" else say(NOT_YET)
-        if source == "by hand":
-            cells[1], time = BY_HAND["peak"], BY_HAND["load"]
+        if source == "start" and started:
+            cells[1], time = f"{started[0]['peak_gb']:.2f}", f"{started[0]['prompt']:.0f} s"
         rows.append([say(name), f"`{call}`", *cells, time])
     header = ["you have", "call", "weights, GB", "peak, GB", "tokens/s", "load"]
     note = say("x: relative to llama.cpp in the same run")
@@ -390,7 +433,6 @@ def start(say, processor):
 
 HEADLINE = "AVX512-VNNI"  # the one of PROCESSORS whose figures the README shows
 LOAD, INT4 = "from_pretrained(...)", "from_pretrained(..., quantization_config=int4)"
-BY_HAND = {"peak": "7.1", "load": "< 1 s"}  # int4 files, which stay mapped: see docs/performance.md
 # machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from (on a GPU: the
 # kind of `python benchmarks gpu` that stands for it)
 START = (
@@ -399,7 +441,7 @@ START = (
     ("CPU", f"{INT4}.half()", HEADLINE, 4, False, "results"),
     ("CPU, faster", f"{INT4}.half().quantize(4, embedding=True, output_layer=True)", HEADLINE, 4, True, None),
     ("CPU, not quantized", f"{LOAD}.bfloat16()", HEADLINE, 16, False, None),
-    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, "by hand"),
+    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, "start"),
     ("Mac", f'{LOAD}.half().to("mps")', "other", 16, False, None),
 )
 
@@ -469,8 +511,10 @@ MAKERS = (
     overhead,
     quantized,
     errors,
+    context,
     loading,
     footprint,
+    starting,
     quality,
     gpu_decode,
     gpu_prefill,

@@ -2,7 +2,7 @@
 """Chat in the terminal with ChatGLM2 weights, or with the tiny checkpoint of this repository.
 
     python demos/cli_demo.py                                    # the tiny checkpoint
-    python demos/cli_demo.py --model chatglm2-6b --quantize 4
+    python demos/cli_demo.py --model chatglm2-6b --quantize 4 --save chatglm2-6b-int4   # and keep the int4 files
     python demos/cli_demo.py --model chatglm2-6b --checkpoint output/lora   # a LoRA adapter, or a P-Tuning prefix
 
 Type a message and press Enter. Ctrl-C stops an answer; `clear` forgets the conversation, `stop` (or Ctrl-D) quits, and
@@ -23,14 +23,16 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from checkpoints import TINY
-from conversation import Conversation
-from conversations import read_conversation
-from line_input import LineInput
-from options import SETTINGS, chat_parser, load_or_exit, sampling
+from starting import importing
+
+with importing():
+    import torch
+    from checkpoints import TINY, held_in
+    from conversation import Conversation
+    from conversations import read_conversation
+    from line_input import LineInput
+    from options import SETTINGS, chat_parser, load_or_exit, sampling
 
 
 def parse_arguments(arguments=None):
@@ -170,23 +172,23 @@ class Chat:
         if path.exists() and path != self.path:
             raise ValueError(f"{path} exists: give another name.")
         messages = [{"role": "system", "content": chat.system}] if chat.system else []
-        for query, answer in chat.history:
+        for query, answer in chat.rounds:
             messages += [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
         path.write_text(json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         self.path = path
-        write(f"{len(chat.history)} rounds are in {path}.\n")
+        write(f"{len(chat.rounds)} rounds are in {path}.\n")
 
     def do_load(self, argument):
         """/load FILE            go on with a conversation that was saved here or exported from the web page"""
         path = self.file(argument)
         system, messages = read_conversation(path.read_text(encoding="utf-8"))
         pairs = zip(messages, messages[1:])
-        history = [(query, answer) for (a, query), (b, answer) in pairs if (a, b) == ("user", "assistant")]
-        self.conversation.restart(history, system)
+        rounds = [(query, answer) for (a, query), (b, answer) in pairs if (a, b) == ("user", "assistant")]
+        self.conversation.load(rounds, system)
         self.path = path
-        left_out = len(messages) - 2 * len(history)
+        left_out = len(messages) - 2 * len(rounds)
         write(
-            f"{len(history)} rounds from {path}"
+            f"{len(rounds)} rounds from {path}"
             + (f"; {left_out} messages without a pair left out.\n" if left_out else ".\n")
         )
 
@@ -198,7 +200,7 @@ class Chat:
 
     def do_history(self, argument):
         """/history              show the conversation"""
-        for query, answer in self.conversation.history:
+        for query, answer in self.conversation.rounds:
             write(f"> {query}\n{answer}\n\n")
 
     def do_quit(self, argument):
@@ -223,8 +225,8 @@ def main(arguments=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not sys.stdin.isatty():
         return answer_lines(conversation, sys.stdin)
-    bits = f"int{args.quantize}" if args.quantize else str(model.dtype).replace("torch.", "")
-    write(f"{args.model}, {bits}, {model.device}. clear: new conversation, stop: quit, Ctrl-C: stop the answer.\n")
+    write(f"{args.model}: {held_in(model)}, on {model.device}.\n")
+    write("clear: new conversation, stop: quit, Ctrl-C: stop the answer, /help: more.\n")
     if Path(args.model).resolve() == TINY:
         write("The tiny checkpoint has memorized examples/tiny/dialogues.jsonl and knows nothing else.\n")
         write("Try 你好, Hello or 讲个笑话, and `clear` before another dialogue.\n")

@@ -1,16 +1,20 @@
 """A conversation with the model that remembers its keys and values, so that a turn encodes only itself."""
 
+import json
 import time
 from contextlib import closing
 
+from chatglm2.family_chatglm import Roles
 from chatglm2.transformers_compat import crop_cache
+
+SPEAKERS = "user", "assistant"
 
 
 class Conversation:
     """The rounds so far, and the cache with their keys and values.
 
     Attributes:
-        history: [(query, answer)], the rounds that the model sees.
+        history: the rounds that the model sees, in the form of its family.
         system: instructions in front of them, or "".
         settings: arguments of `stream_chat`, as temperature.
         first, rate: seconds to the first text of the last answer, and tokens per second after it.
@@ -18,6 +22,7 @@ class Conversation:
 
     def __init__(self, model, tokenizer, system="", max_length=8192, **settings):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.form = tokenizer.conversation
         self.limit = min(max_length, model.config.seq_length)
         self.restart([], system)
 
@@ -29,6 +34,20 @@ class Conversation:
 
     def clear(self):
         self.restart([], self.system)
+
+    @property
+    def rounds(self):
+        """[(query, answer)]; what a tool says and is asked is part of the answer."""
+        _, rounds = self.form.split(self.history)
+        if isinstance(self.form, Roles):
+            return [(first["content"], "\n".join(m["content"] for m in rest)) for first, *rest in rounds]
+        return [turn for (turn,) in rounds]
+
+    def load(self, rounds, system):
+        """`restart` from [(query, answer)]."""
+        if isinstance(self.form, Roles):
+            rounds = [{"role": role, "content": text} for turn in rounds for role, text in zip(SPEAKERS, turn)]
+        self.restart(list(rounds), system)
 
     @property
     def context(self):
@@ -57,19 +76,21 @@ class Conversation:
                     self.first, counted, begun = now - start, self.context, now
                 elif now > begun:
                     self.rate = (self.context - counted) / (now - begun)
+                text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)  # the call of a tool
                 yield text[len(shown) :]
                 shown = text
 
     def answer_again(self):
         """`answer` for the last query; the round stays as it was if the iterator is closed before the first piece."""
-        *earlier, last = history = self.history
+        history, query = self.history, self.rounds[-1][0]
+        kept, rounds = self.form.split(history)
         if self.before and self.cache is not None:
             crop_cache(self.cache, self._cached() - self.before)
         else:
             self.cache = None
-        self.history = earlier
+        self.history = kept + sum(rounds[:-1], [])
         try:
-            yield from self.answer(last[0])
+            yield from self.answer(query)
         finally:
             if len(self.history) < len(history):
                 self.restart(history, self.system)
@@ -80,17 +101,17 @@ class Conversation:
         What is left takes half of the limit, because it is encoded again.
         """
         room = self.settings.get("max_new_tokens") or self.limit // 8
-        if self._tokens(query, self.history) + room <= self.limit or self._tokens(query, []) >= self.limit:
+        kept, rounds = self.form.split(self.history)
+        if self._tokens(query, self.history) + room <= self.limit or self._tokens(query, kept) >= self.limit:
             return 0
-        rounds = range(len(self.history))
-        dropped = next(
-            (i for i in rounds if self._tokens(query, self.history[i:]) + room <= self.limit // 2), len(self.history)
-        )
-        self.restart(self.history[dropped:], self.system)
+        dropped = 0
+        while dropped < len(rounds) and self._tokens(query, kept + sum(rounds[dropped:], [])) + room > self.limit // 2:
+            dropped += 1
+        self.restart(kept + sum(rounds[dropped:], []), self.system)
         return dropped
 
     def _cached(self):
         return 0 if self.cache is None else self.cache.get_seq_length()
 
     def _tokens(self, query, history):
-        return len(self.tokenizer(self.tokenizer.build_prompt(query, history, self.system))["input_ids"])
+        return len(self.form.prompt(self.tokenizer, query, history, system=self.system))

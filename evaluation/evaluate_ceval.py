@@ -12,6 +12,7 @@ val is scored. test has no answers: the result is the file to submit on C-Eval's
 """
 
 import csv
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from chatglm2.generation_chatglm import ScoreCheck
+from chatglm2.tokenization_chatglm import check_unicode
+from jsonl import SHORT, json_lines, text_lines
 from options import load_or_exit, model_parser
 
 LETTERS = "ABCD"
@@ -58,48 +62,42 @@ class Question:
 def read_csv(path, labelled):
     """The questions of one csv file. Raises ValueError, with file and line, for an invalid row."""
     questions, seen = [], set()
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
+    text = "".join(line for _, line in text_lines(path))
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
         needed = (*COLUMNS, "answer") if labelled else COLUMNS
         if missing := [name for name in needed if name not in (rows.fieldnames or ())]:
             raise ValueError(f"{path}, line 1: no column {', '.join(missing)}. C-Eval's are {', '.join(needed)}.")
-        try:
-            for row in rows:
-                place = f"{path}, line {rows.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError(f"{place}: not {len(rows.fieldnames)} fields. Put quotes around text with commas.")
-                if empty := [name for name in COLUMNS if not row[name].strip()]:
-                    raise ValueError(f"{place}: {', '.join(empty)} is empty.")
-                answer = row["answer"].strip() if labelled else None
-                if labelled and (len(answer) != 1 or answer not in LETTERS):
-                    raise ValueError(f"{place}: answer is {answer!r}, not one of A, B, C, D.")
-                if row["id"] in seen:
-                    raise ValueError(f"{place}: the id {row['id']} occurs twice.")
-                seen.add(row["id"])
-                options = "\n".join(f"{letter}. {row[letter].strip()}" for letter in LETTERS)
-                questions.append(Question(row["id"], f"{row['question'].strip()}\n{options}", answer, place))
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {rows.reader.line_num}: {error}") from error
+        for row in rows:
+            place = f"{path}, line {rows.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{place}: not {len(rows.fieldnames)} fields. Put quotes around text with commas.")
+            if empty := [name for name in COLUMNS if not row[name].strip()]:
+                raise ValueError(f"{place}: {', '.join(empty)} is empty.")
+            answer = row["answer"].strip() if labelled else None
+            if labelled and (len(answer) != 1 or answer not in LETTERS):
+                raise ValueError(f"{place}: answer is {answer!r}, not one of A, B, C, D.")
+            if row["id"] in seen:
+                raise ValueError(f"{place}: the id {row['id']} occurs twice.")
+            seen.add(row["id"])
+            options = "\n".join(f"{letter}. {row[letter].strip()}" for letter in LETTERS)
+            questions.append(Question(row["id"], f"{row['question'].strip()}\n{options}", answer, place))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.reader.line_num}: {error}") from error
     return questions
 
 
 def read_jsonl(path, labelled):
     """The questions of one jsonl file; the id is the line, from 0. Raises ValueError as `read_csv` does."""
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: not JSON: {error}") from error
-        text = row.get("inputs_pretokenized") if isinstance(row, dict) else None
+    for number, row in json_lines(path):
+        place, text = f"{path}, line {number}", row.get("inputs_pretokenized")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{place}: no text under inputs_pretokenized.")
+        check_unicode(text, f"inputs_pretokenized in {place}")
         label = row.get("label")
         if labelled and (type(label) is not int or not 0 <= label < len(LETTERS)):
-            raise ValueError(f"{place}: label is {label!r}, not one of 0, 1, 2, 3.")
+            raise ValueError(f"{place}: label is {SHORT.repr(label)}, not one of 0, 1, 2, 3.")
         questions.append(Question(str(number - 1), text, LETTERS[label] if labelled else None, place))
     return questions
 
@@ -135,7 +133,7 @@ class Judge:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         spellings = [tokenizer.convert_tokens_to_ids([letter, "▁" + letter]) for letter in LETTERS]
         self.letter_ids = torch.tensor(spellings, device=model.device)  # (4, 2): an answer can start with either
-        if tokenizer.unk_token_id in self.letter_ids:
+        if tokenizer.convert_tokens_to_ids("<unk>") in self.letter_ids:
             raise ValueError(f"tokenizer.model has no piece for one of {', '.join(LETTERS)}: {spellings}")
 
     def prompt(self, question, examples=(), reserved=0):
@@ -160,6 +158,7 @@ class Judge:
         for start in range(0, len(prompts), self.batch_size):
             inputs = self.inputs(prompts[start : start + self.batch_size])
             logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()  # (B, V)
+            logits = ScoreCheck(self.model)(None, logits)
             scores = logits[:, self.letter_ids].logsumexp(dim=-1)  # (B, 4)
             letters += [LETTERS[i] for i in scores.argmax(dim=-1).tolist()]
         return letters

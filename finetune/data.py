@@ -10,15 +10,17 @@ message may come first. Examples are those of the original's scripts: [gMASK] so
 tokenized separately (it starts with SentencePiece's space, as the released models' answers do), </s>.
 """
 
-import json
-import reprlib
+import sys
+from pathlib import Path
 from typing import List, NamedTuple
 
 from tqdm.auto import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from chatglm2.tokenization_chatglm import check_unicode
+from jsonl import SHORT, json_lines
+
 IGNORED = -100  # the label of tokens without a loss
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 80
 
 
 class Round(NamedTuple):
@@ -41,36 +43,19 @@ def read_rounds(path, prompt_column=None, response_column=None, history_column=N
             "give prompt_column and response_column for the original's form, or none of the three for messages."
         )
     rounds = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = parse(line)
-                if prompt_column is None:
-                    rounds += rounds_of_messages(number, column(record, messages_column))
-                else:
-                    history = column(record, history_column) if history_column else []
-                    query, answer = column(record, prompt_column), column(record, response_column)
-                    rounds.append(round_of_columns(number, query, answer, history, prompt_column, response_column))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    for number, record in json_lines(path):
+        try:
+            if prompt_column is None:
+                rounds += rounds_of_messages(number, column(record, messages_column))
+            else:
+                history = column(record, history_column) if history_column else []
+                query, answer = column(record, prompt_column), column(record, response_column)
+                rounds.append(round_of_columns(number, query, answer, history, prompt_column, response_column))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     if not rounds:
         raise ValueError(f"{path} holds no dialogue: give a file with one JSON object a line.")
     return rounds
-
-
-def parse(line):
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not UTF-8: save the file as UTF-8.") from None
-    except json.JSONDecodeError as error:
-        text = SHORT.repr(line.decode("utf-8-sig").strip())
-        raise ValueError(f"{text} is not JSON ({error.msg}, column {error.colno}): one object per line.") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{SHORT.repr(record)} is not a JSON object: write one object per line, not a list of them.")
-    return record
 
 
 def column(record, name):
@@ -82,6 +67,7 @@ def column(record, name):
 def check_text(value, what):
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} is {SHORT.repr(value)}: give a non-empty string.")
+    check_unicode(value, what)
 
 
 def round_of_columns(number, query, answer, history, prompt_column, response_column):
@@ -93,6 +79,8 @@ def round_of_columns(number, query, answer, history, prompt_column, response_col
     for i, turn in enumerate(history or []):
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"history[{i}] is {SHORT.repr(turn)}: give [query, response], a pair of strings.")
+        for j, text in enumerate(turn):
+            check_unicode(text, f"history[{i}][{j}]")
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn)]
     return Round(number, [*messages, {"role": "user", "content": query}], answer)
 

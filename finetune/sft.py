@@ -6,8 +6,7 @@
 
 Arguments are those of TRL's SFTConfig and ModelConfig, and of finetune/train.py for the data; TRL trains in bfloat16
 unless told otherwise, and needs --use_cpu on a machine without a GPU. finetune/data.py makes and tokenizes the
-examples: TRL would take the end of an answer from the template's text, which cannot contain </s>, and the model would
-not learn to stop.
+examples: one for every answer of a dialogue, with </s>, where TRL by itself has </s> behind the last answer alone.
 """
 
 import sys
@@ -19,6 +18,7 @@ from train import (
     DataArguments,
     StopAtNonFiniteLoss,
     UseCacheOnSave,
+    WholeCheckpoints,
     begin,
     load_for_full_training,
     parse,
@@ -32,7 +32,7 @@ from checkpoints import load_model
 ARGUMENTS = (ModelConfig, DataArguments, SFTConfig)
 
 
-class DialogueTrainer(UseCacheOnSave, SFTTrainer):
+class DialogueTrainer(UseCacheOnSave, WholeCheckpoints, SFTTrainer):
     """SFTTrainer that writes the config.json of train.py's full method."""
 
 

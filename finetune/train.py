@@ -13,7 +13,10 @@ otherwise, or quantized with --quantization_bit.
 
 import argparse
 import importlib.util
+import json
 import math
+import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +32,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from checkpoints import TINY, include_code, load_config, load_model, load_tokenizer, read_prefix, save_prefix
 
 LAYERS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+PARTIAL = "_partial"  # where checkpoints are written and deleted; the Trainer uploads nothing that begins with "_"
+NOT_WHOLE = "is not whole: its run was killed while it was saved or deleted"
 LEARNING_RATES = {"ptuning": 2e-2, "lora": 2e-4, "full": 1e-5}
 
 
@@ -113,7 +118,51 @@ class FineTuningArguments(TrainingArguments):
         super().__post_init__()
 
 
-class PrefixTrainer(Trainer):
+class WholeCheckpoints:
+    """Writes a checkpoint in the folder PARTIAL and moves it out when it is complete: a killed run leaves whole ones.
+
+    What `save_total_limit` deletes is moved in first. The next save clears what a killed one left.
+    """
+
+    writing = False
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PARTIAL) if self.writing else folder
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.writing = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._move_out(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _move_out(self, folder):
+        (written,) = checkpoints_in(folder / PARTIAL)
+        new, best = folder / written.name, self.state.best_model_checkpoint
+        if best is not None and Path(best) == written:
+            self.state.best_model_checkpoint = best = str(new)
+            self.state.save_to_json(str(written / STATE))
+        if new.exists():  # this run resumed from an older one
+            new.rename(folder / PARTIAL / "replaced")
+        written.rename(new)
+        kept = {new} if best is None else {new, Path(best)}
+        old = sorted(set(checkpoints_in(folder)) - kept, key=lambda path: path.stat().st_mtime)
+        limit = self.args.save_total_limit or 0
+        for path in old[: max(len(old) + len(kept) - limit, 0) if limit > 0 else 0]:
+            path.rename(folder / PARTIAL / path.name)
+        shutil.rmtree(folder / PARTIAL)
+
+
+class PrefixTrainer(WholeCheckpoints, Trainer):
     """A Trainer whose checkpoints hold only the prefix, as the original's did."""
 
     def _save(self, output_dir=None, state_dict=None):
@@ -135,11 +184,15 @@ class UseCacheOnSave:
         config.use_cache = while_training
 
 
-class FullTrainer(UseCacheOnSave, Trainer):
+class FullTrainer(UseCacheOnSave, WholeCheckpoints, Trainer):
     """A Trainer whose checkpoints are complete folders of weights."""
 
 
-TRAINERS = {"ptuning": PrefixTrainer, "lora": Trainer, "full": FullTrainer}
+class LoraTrainer(WholeCheckpoints, Trainer):
+    """A Trainer whose checkpoints hold the adapter."""
+
+
+TRAINERS = {"ptuning": PrefixTrainer, "lora": LoraTrainer, "full": FullTrainer}
 
 
 class StopAtNonFiniteLoss(TrainerCallback):
@@ -212,22 +265,45 @@ def build_model(arguments, training, tokenizer):
     return model
 
 
+def checkpoints_in(folder):
+    """The checkpoints in `folder`, newest first."""
+    names = [path.name for path in Path(folder).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return [Path(folder, name) for name in sorted(names, key=lambda name: -int(name.partition("-")[2]))]
+
+
+def is_whole(checkpoint):
+    """Whether the Trainer has written a checkpoint to its end."""
+    try:
+        json.loads(Path(checkpoint, STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def check_output(training):
     """The checkpoint to resume from, or None. Two runs in one folder are refused."""
-    asked = training.resume_from_checkpoint
-    found = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    asked, folder = training.resume_from_checkpoint, training.output_dir
+    found = checkpoints_in(folder)
     if asked is None and found:
         raise ValueError(
-            f"{training.output_dir} holds {Path(found).name} of an earlier run: continue with --resume_from_checkpoint "
-            "true, or give another --output_dir."
+            f"{folder} holds {found[0].name} of an earlier run: continue with --resume_from_checkpoint true, or give "
+            "another --output_dir."
         )
     if asked is None or asked.lower() == "false":
         return None
-    if asked.lower() != "true" and not Path(asked).is_dir():
-        raise ValueError(f"--resume_from_checkpoint {asked} is not a directory: give a checkpoint, or true.")
-    if asked.lower() == "true" and not found:
-        raise ValueError(f"--resume_from_checkpoint true: {training.output_dir} holds no checkpoint; leave it out.")
-    return found if asked.lower() == "true" else asked
+    if asked.lower() != "true":
+        if not Path(asked).is_dir():
+            raise ValueError(f"--resume_from_checkpoint {asked} is not a directory: give a checkpoint, or true.")
+        if not is_whole(asked):
+            raise ValueError(f"--resume_from_checkpoint {asked} {NOT_WHOLE}. Give another checkpoint, or true.")
+        return asked
+    newest = next(filter(is_whole, found), None)
+    if training.process_index == 0:
+        for path in [*checkpoints_in(Path(folder, PARTIAL)), *found[: found.index(newest) if newest else None]]:
+            print(f"skipped {path}, which {NOT_WHOLE}")
+    if newest is None:
+        raise ValueError(f"--resume_from_checkpoint true: {folder} holds no whole checkpoint; leave it out.")
+    return str(newest)
 
 
 def draw_loss(history, path):

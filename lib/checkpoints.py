@@ -5,11 +5,16 @@ Its length, and whether an MLP makes it, are read from the shapes of its tensors
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
+from chatglm2.checkpoint_chatglm import read_json, read_tensors
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.quantization import QuantizedLinear, choose
+from chatglm2.quantization_cpu import load_library
+from chatglm2.quantization_loading import lay_out
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from chatglm2.transformers_compat import VERSION
 from safetensors.torch import load_file
@@ -24,6 +29,8 @@ def load_config(folder):
     if not (Path(folder) / "config.json").is_file():
         what = "has no config.json" if Path(folder).is_dir() else "is not a directory"
         raise ValueError(f"{folder} {what}: give the folder with config.json, weights and tokenizer.model.")
+    for path in Path(folder).glob("*config.json"):  # the tokenizer's, too
+        read_json(path)
     return ChatGLMConfig.from_pretrained(folder)
 
 
@@ -52,13 +59,47 @@ def load_model(folder, dtype, bits=0, checkpoint=None, **config_changes):
     model = ChatGLMForConditionalGeneration.from_pretrained(folder, config=config, torch_dtype=dtype, **options)
     if not early:
         model.quantize(bits)
+        lay_out(model)
     if prefix:
         model.transformer.prefix_encoder.load_state_dict(prefix)
     if adapter:
         from peft import PeftModel
 
+        for path in sorted(Path(checkpoint).glob("adapter_model.*")):
+            read_tensors(str(path))  # names a damaged file
         return PeftModel.from_pretrained(model, checkpoint)
     return model
+
+
+def held_in(model):
+    """What the weights are held in and who multiplies by them: "int4 (AVX512-VNNI kernels), float16 elsewhere"."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    dtype = str(model.dtype).replace("torch.", "")
+    if not layers:
+        return dtype
+    kinds = dict.fromkeys((layer.bits, choose(layer.backend, layer.weight.device)) for layer in layers)
+    return ", ".join([*(f"int{bits} ({kernels(name)})" for bits, name in kinds), f"{dtype} elsewhere"])
+
+
+def kernels(name):
+    """The kernel family `name` in words."""
+    if name == "cpu":
+        return {"avx512": "AVX512-VNNI kernels", "avx2": "AVX2 kernels"}[load_library()[0].instructions]
+    others = {"triton": "Triton kernels", "cpm": "CUDA C kernels", "stock": "torch's own operators"}
+    return others.get(name, "plain torch")
+
+
+def save(model, tokenizer, folder):
+    """Write weights, tokenizer and code to `folder`, which then needs nothing else. It is there once it is whole."""
+    partial = Path(f"{folder}.partial")
+    size = sum(tensor.nbytes for tensor in model.parameters())
+    if sys.stderr.isatty():
+        print(f"Saving {size / 1e9:.1f} GB to {folder} ...", file=sys.stderr)
+    include_code(model, tokenizer)
+    model.save_pretrained(partial, max_shard_size="1GB")
+    tokenizer.save_pretrained(partial)
+    partial.replace(folder)
+    lay_out(model)  # saving has put the released packing back
 
 
 def include_code(model, tokenizer):
@@ -83,13 +124,13 @@ def read_prefix(folder):
     Raises:
         ValueError: `folder` holds no prefix.
     """
-    path = Path(folder) / PREFIX_FILE
-    if path.is_file():
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    elif (path := path.with_name("model.safetensors")).is_file():  # the original's Trainer from transformers 4.35 on
-        tensors = load_file(path)
-    else:
+    files = [Path(folder) / name for name in (PREFIX_FILE, "model.safetensors")]  # the second from 4.35 on
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
         raise ValueError(f"{folder} holds neither {PREFIX_FILE} nor model.safetensors: give what training wrote.")
+    read_tensors(str(path))  # names a damaged file
+    bin_file = path.suffix == ".bin"
+    tensors = torch.load(path, map_location="cpu", weights_only=True) if bin_file else load_file(path)
     state = {name[len(PREFIX) :]: value for name, value in tensors.items() if name.startswith(PREFIX)}
     if "embedding.weight" not in state:
         raise ValueError(f"{path} holds no {PREFIX}embedding.weight: give a P-Tuning checkpoint.")

@@ -2,6 +2,8 @@
 
 import json
 
+from chatglm2.tokenization_chatglm import check_unicode
+
 
 def read_conversation(text):
     """(the system prompt or "", [(role, content)]) of a file's text.
@@ -21,6 +23,7 @@ def read_conversation(text):
             raise ValueError(f"messages[{i}]: the role {role!r} where user or assistant is expected.")
         if not isinstance(content, str):
             raise ValueError(f"messages[{i}]: the content must be text, got {content!r:.80}")
+        check_unicode(content, f"messages[{i}]")
     if turns and turns[0][0] == "system":
         return turns[0][1], turns[1:]
     return "", turns

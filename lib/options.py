@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import sys
+from pathlib import Path
 
 import torch
-from checkpoints import TINY, load_config, load_model, load_tokenizer
+from checkpoints import TINY, load_config, load_model, load_tokenizer, save
 from transformers.utils import logging
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -73,6 +75,7 @@ def chat_parser(description):
     """`model_parser` with the sampling options."""
     parser = model_parser(description)
     add = parser.add_argument
+    add("--save", metavar="FOLDER", help="keep the quantized weights in this new folder, to be started from later")
     add("--max-new-tokens", type=SETTINGS["max_new_tokens"], help="maximum length of an answer (default: what fits)")
     add(
         "--prompt-lookup",
@@ -110,14 +113,29 @@ def load(args):
     if dtype is None:  # on a CPU, torch's float16 matrix products are ten times slower than those in bfloat16
         quantized = args.quantize or load_config(args.model).quantization_bit
         dtype = torch.bfloat16 if device.type == "cpu" and not quantized else torch.float16
+    folder = getattr(args, "save", None)
+    if folder is not None:
+        check_save(args)
     tokenizer = load_tokenizer(args.model)
-    return load_model(args.model, dtype, args.quantize, args.checkpoint).to(device).eval(), tokenizer
+    model = load_model(args.model, dtype, args.quantize, args.checkpoint)
+    if folder is not None:
+        save(model, tokenizer, folder)
+    return model.to(device).eval(), tokenizer
+
+
+def check_save(args):
+    """Raise ValueError where --save has nothing to keep, or no room for it."""
+    if not args.quantize or args.checkpoint:
+        raise ValueError(f"--save {args.save} keeps quantized weights: give --quantize 4 or 8, and no --checkpoint.")
+    if Path(args.save).exists() and (not Path(args.save).is_dir() or any(Path(args.save).iterdir())):
+        raise ValueError(f"--save {args.save} exists: give a new folder, or an empty one.")
 
 
 def load_or_exit(args):
     """`load`, where an error of the folder or the device is a SystemExit of one message."""
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         return load(args)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA

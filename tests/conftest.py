@@ -16,6 +16,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+pytest_plugins = ["web_helpers"]  # the fixtures of the page's tests
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,13 +45,13 @@ def import_train():
     return import_file(TINY / "train.py")
 
 
-def c_kernels(kind, *options):
+def c_kernels(kind, *options, module=None):
     """(the C kernels for CPUs of another kind, "") or (None, why there are none), as `load_library` returns them."""
-    from chatglm2 import quantization_cpu
+    from chatglm2 import c_library, quantization_cpu
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantization_cpu, "instructions", lambda: [(kind, (*quantization_cpu.FLAGS, *options))])
-        return quantization_cpu.load_library.__wrapped__()
+        patch.setattr(c_library, "instructions", lambda: [(kind, (*c_library.FLAGS, *options))])
+        return (module or quantization_cpu).load_library.__wrapped__()
 
 
 ANSWERS = {  # of the tiny checkpoint

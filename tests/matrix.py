@@ -30,8 +30,19 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "4.30"
 SHARED = ("torch", "numpy", "sentencepiece", "jinja2", "pytest", "hypothesis")
-CORE = ("golden", "configuration", "loading", "pretrained", "model", "attention", "prefix", "cache", "generation")
-CORE += ("streaming", "chat", "tokenizer", "against_glm", "pipelines", "transformers_compat")
+CORE = ("golden", "configuration", "loading", "checkpoint_files", "pretrained", "model", "attention", "prefix")
+CORE += (
+    "attention_cpu",
+    "cache",
+    "generation",
+    "streaming",
+    "chat",
+    "original_names",
+    "tokenizer",
+    "tokenizer_surface",
+    "training_template",
+)
+CORE += ("against_glm", "pipelines", "transformers_compat", "family")
 CORE += ("quantization", "quantization_model", "quantization_loading", "quantization_stock")
 BESIDE = {  # minor -> what pip has to be told, since no package's metadata says it
     # tokenizers 0.14 wants huggingface_hub < 0.18; accelerate 0.32 imports what came with huggingface_hub 0.23

@@ -1,10 +1,11 @@
 """Helpers shared by the tests of quantization: kernels by name, random weights, and error measures."""
 
+import contextlib
 import functools
 
 import pytest
 import torch
-from chatglm2 import quantization, quantization_cpu
+from chatglm2 import c_library, quantization, quantization_cpu
 from chatglm2.quantization_format import dequantize_weight, quantize_weight, reference_linear
 from conftest import c_kernels
 from torch import nn
@@ -27,34 +28,35 @@ def library(kind):
     if kind == "avx2":
         return c_kernels("avx2")
     stand_in = "-D__AVXVNNI__", "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"
-    return c_kernels("avx2", *quantization_cpu.AVX512.values(), *stand_in)
+    return c_kernels("avx2", *c_library.AVX512.values(), *stand_in)
+
+
+@contextlib.contextmanager
+def use(kernel):
+    """Compute with the C kernels of "cpu: avx2", another kind of CPU, or with this one's for a plain name."""
+    kind = kernel.partition(": ")[2]
+    if kind == "avxvnni" and c_library.instructions()[0][0] != "avx512":
+        pytest.skip("this CPU has no VNNI instruction of 256 bits")
+    with pytest.MonkeyPatch.context() as patch:
+        if kind:
+            loaded = library(kind)
+            patch.setattr(quantization_cpu, "load_library", lambda: loaded)
+        yield
 
 
 def linear_of(kernel):
-    """The product of a kernel family, in its layout where the weight fits; "cpu: avx2" is for another kind of CPU."""
-    name, _, kind = kernel.partition(": ")
-    family = quantization.family(name)
+    """The product of a kernel family, in its layout where the weight fits; for a kernel's name as `use` takes it."""
+    family = quantization.family(kernel.partition(": ")[0])
 
     def linear(x, weight, weight_scale, bias, bits):
         group_size = None if weight_scale.dim() == 1 else x.shape[1] // weight_scale.shape[1]
         layout = family.layout
-        if layout and layout.fits_layout(len(weight), x.shape[1], bits, group_size):
-            return layout.linear(x, layout.to_layout(weight, bits), weight_scale, bias, bits)
-        return family.linear(x, weight, weight_scale, bias, bits)
+        with use(kernel):
+            if layout and layout.fits_layout(len(weight), x.shape[1], bits, group_size):
+                return layout.linear(x, layout.to_layout(weight, bits), weight_scale, bias, bits)
+            return family.linear(x, weight, weight_scale, bias, bits)
 
-    if not kind:
-        return linear
-    if kind == "avxvnni" and quantization_cpu.instructions()[0][0] != "avx512":
-        pytest.skip("this CPU has no VNNI instruction of 256 bits")
-
-    loaded = library(kind)
-
-    def linear_of_that_kind(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantization_cpu, "load_library", lambda: loaded)
-            return linear(*arguments)
-
-    return linear_of_that_kind
+    return linear
 
 
 def make(n, k, out, bits, dtype, group_size=None, bias=True, seed=0):

@@ -50,10 +50,45 @@ def test_set_attn_implementation(make_model):
         assert len(model(input_ids=ids, output_attentions=True).attentions) == 3
 
 
-def test_output_attentions_requires_eager(make_model):
-    """The error of output_attentions with sdpa names the remedy."""
-    with pytest.raises(ValueError, match="attn_implementation='eager'"):
-        make_model()(input_ids=some_ids(), output_attentions=True)
+@torch.no_grad()
+@pytest.mark.parametrize("by_config", [False, True])
+def test_sdpa_returns_attentions(make_model, by_config):
+    """output_attentions, as an argument or in the config, computes the call by eager; the logits are sdpa's."""
+    ids, mask = some_ids(), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    model, eager = make_model(), make_model(attention="eager")
+    if by_config:
+        model = make_model(output_attentions=True)
+    out = model(input_ids=ids, attention_mask=mask, **({} if by_config else {"output_attentions": True}))
+    want = eager(input_ids=ids, attention_mask=mask, output_attentions=True)
+    assert len(out.attentions) == 3 and out.attentions[0].shape == (2, 4, 12, 12)
+    assert all(torch.equal(a, b) for a, b in zip(out.attentions, want.attentions))
+    plain = make_model()(input_ids=ids, attention_mask=mask)
+    assert plain.attentions is None
+    torch.testing.assert_close(out.logits[mask.bool()], plain.logits[mask.bool()], **CLOSE)
+    steps = model.generate(
+        ids, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True, eos_token_id=None
+    )
+    assert [step[2].shape[2:] for step in steps.attentions] == [(12, 12), (1, 13), (1, 14)]
+
+
+@pytest.mark.needs_transformers("4.53", "attention functions of transformers with their masks")
+def test_output_attentions_of_other_functions(make_model):
+    """Fused functions of transformers have no weights: an error that names those that do."""
+    with pytest.raises(
+        ValueError, match="'flex_attention' does not compute attention weights. Load the model with 'sdpa'"
+    ):
+        make_model(attention="flex_attention")(input_ids=some_ids(), output_attentions=True)
+
+
+def test_attentions_are_in_the_path(make_model):
+    """The returned weights are those that the output is computed from: they get a gradient."""
+    for attention in ("sdpa", "eager"):
+        out = make_model(attention=attention)(input_ids=some_ids(), output_attentions=True)
+        for weights in out.attentions:
+            weights.retain_grad()
+        out.logits[:, -1].sum().backward()
+        assert all(weights.grad.abs().sum() > 0 for weights in out.attentions)
 
 
 @torch.no_grad()

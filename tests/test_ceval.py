@@ -87,7 +87,7 @@ def test_jsonl_matches_csv(make_judge, tmp_path):
         ("a_val.csv", HEADER + "0,q,1,2,3,4,A\n0,q,1,2,3,4,A\n", "line 3: the id 0 occurs twice"),
         ("a_val.csv", HEADER + '0,"q"q,1,2,3,4,A\n', "line 2: "),
         ("a_val.csv", HEADER, "a_val.csv: no questions"),
-        ("a.jsonl", '{"inputs_pretokenized": "q", "label": 1}\n{"label": \n', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"inputs_pretokenized": "q", "label": 1}\n{"label": \n', "a.jsonl, line 2: .* is not JSON"),
         ("a.jsonl", '\n{"question": "q", "label": 1}\n', "line 2: no text under inputs_pretokenized"),
         ("a.jsonl", '{"inputs_pretokenized": "q", "label": 4}\n', "line 1: label is 4"),
         ("a.jsonl", '{"inputs_pretokenized": "q", "label": "A"}\n', "line 1: label is 'A'"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -163,13 +164,23 @@ def test_arguments_are_not_modified(chatty, tokenizer):
     assert history == [["a", "b"]] and len(processors) == 1 and processors[0].calls == 24
 
 
+@pytest.mark.parametrize("ids", [(), (5, 6)], ids=["all", "some"])
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_non_finite_scores_do_not_raise(chatty, tokenizer, fill, do_sample):
-    """If all scores are nan or inf, a token is still chosen, by sampling or greedily."""
-    processors = LogitsProcessorList([Forbid(fill=fill)])
-    response, _ = chatty.chat(tokenizer, "你好", logits_processor=processors, do_sample=do_sample, max_new_tokens=3)
+def test_non_finite_scores_do_not_raise(chatty, tokenizer, fill, do_sample, ids):
+    """A token is still chosen, by sampling or greedily, with one warning of nan and inf; all nan is an error."""
+    processors = LogitsProcessorList([Forbid(ids, fill)])
+    options = {"logits_processor": processors, "do_sample": do_sample, "max_new_tokens": 3}
+    if fill != fill and not ids:
+        with pytest.raises(ValueError, match="scores are all nan: its weights are finite"):
+            chatty.chat(tokenizer, "你好", **options)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        response, _ = chatty.chat(tokenizer, "你好", **options)
     assert isinstance(response, str) and processors[0].calls == 3
+    warned = [str(warning.message) for warning in caught if "nan or inf" in str(warning.message)]
+    assert len(warned) == (0 if fill == -float("inf") else 1)
 
 
 def test_padded_vocabulary_ids_decode_to_nothing(chatty, tokenizer):
@@ -208,6 +219,19 @@ def test_too_long_prompts_are_rejected_before_the_forward_pass(chatty, tokenizer
         chatty.chat(tokenizer, "你好", generation_config=GenerationConfig(max_new_tokens=510))
 
 
+@pytest.mark.parametrize("limits", [{"max_length": 0}, {"max_length": -5}, {"max_new_tokens": 0}], ids=str)
+def test_no_room_for_an_answer_is_an_error(chatty, tokenizer, limits):
+    """0 is no word for "no limit"; max_length=None is."""
+    message = "max_(length|new_tokens)=.*(give 1 or more|raise max_length)|leaves none for an answer: max_length"
+    with pytest.raises(ValueError, match=message):
+        chatty.chat(tokenizer, "你好", **limits)
+    with pytest.raises(ValueError, match=message):
+        next(chatty.stream_chat(tokenizer, "你好", **limits))
+    steps = chatty.stream_chat(tokenizer, "你好", max_length=None)
+    next(steps)
+    steps.close()
+
+
 @pytest.mark.parametrize("query", ["", "  \n", None])
 def test_empty_messages_are_answered(chatty, tokenizer, query):
     """An Enter on an empty line, a first message by the assistant: the original's prompt, where None reads "None"."""
@@ -218,7 +242,7 @@ def test_empty_messages_are_answered(chatty, tokenizer, query):
     response, new = chatty.chat(tokenizer, query, history, **GREEDY)
     ids = tokenizer(prompt, return_tensors="pt")
     output = chatty.generate(**ids, **GREEDY)[0, ids["input_ids"].shape[1] :].tolist()
-    assert response == chatty._response(tokenizer, output) and new == [*history, (query, response)]
+    assert response == chatty.process_response(tokenizer.answer(output)) and new == [*history, (query, response)]
     *_, streamed = chatty.stream_chat(tokenizer, query, history, **GREEDY)
     assert streamed == (response, new)
 

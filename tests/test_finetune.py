@@ -303,7 +303,7 @@ def test_a_merged_adapter_is_a_plain_model(dialogue, tmp_path, tokenizer):
         (["--method", "lora", "--quantization_bit", "5"], "--quantization_bit 5: give 4 or 8"),
         (["--prompt_column", "prompt"], "give prompt_column and response_column"),
         (["--max_source_length", "2"], "max_source_length=2, .*give at least 3"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "true"], "holds no whole checkpoint; leave it out"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is not a directory"),
         (["--model_name_or_path", "nowhere"], "nowhere is not a directory"),
     ],
@@ -435,3 +435,29 @@ def test_sft_trainer_keeps_the_labels(tmp_path):
     for ids, labels, mask, row in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], rows):
         assert ids[mask.bool()].tolist() == row["input_ids"]
         assert labels[mask.bool()].tolist() == row["labels"] and (labels[~mask.bool()] == -100).all()
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("form", ["messages", "prompt and completion"])
+def test_trl_by_itself_teaches_the_end_of_an_answer(tmp_path, form, caplog):
+    """SFTTrainer as its own script uses it: the labels are the answer, as it is generated, and </s>."""
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "早上好！"}]
+    row = {"messages": messages} if form == "messages" else {"prompt": messages[:1], "completion": messages[1:]}
+    options = {"assistant_only_loss": True} if form == "messages" else {}
+    trainer = SFTTrainer(
+        model=checkpoints.load_model(TINY, torch.float32),
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], **options),
+        train_dataset=Dataset.from_list([row]),
+        processing_class=checkpoints.load_tokenizer(TINY),
+    )
+    tokenizer = checkpoints.load_tokenizer(TINY)
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    answer = [*tokenizer.encode("早上好！", add_special_tokens=False), tokenizer.eos_token_id]
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].tolist() == [prompt + answer]
+    assert batch["labels"].tolist() == [[-100] * len(prompt) + answer]
+    assert "not a prefix" not in caplog.text

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from chatglm2.transformers_compat import DynamicCache
-from model_helpers import CLOSE, logits, some_ids
-from transformers import GenerationConfig
+from conftest import SHARED, TINY
+from model_helpers import CLOSE, Spell, logits, some_ids
+from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
 
 def test_tokenizer_position_ids_match_the_defaults(make_model, padded_batch):
@@ -147,3 +149,80 @@ def test_continuous_batching_matches_single_prompts(tiny_model, tokenizer):
     results = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
     answers = [tokenizer.decode(results[key].generated_tokens) for key in sorted(results)]
     assert answers == [model.chat(tokenizer, query, do_sample=False)[0] for query in queries]
+
+
+@pytest.mark.needs_transformers("5.23", "continuous batching on a CPU without a paged| prefix")
+def test_continuous_batching_encodes_a_prefix_once(tiny_model, tokenizer):
+    """A second turn is encoded from its last full block on, and each request has its temperature, top_p and top_k."""
+    from transformers import ContinuousBatchingConfig
+
+    model, seen, history = copy.deepcopy(tiny_model), [], []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
+    sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}  # without, no request may ask for it
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(eos_token_id=2, pad_token_id=0, use_cache=False, **sampled),
+        continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=32, per_request_processors=True),
+    )
+    manager.start()
+
+    def answer(query, **settings):
+        ids = tokenizer(tokenizer.build_prompt(query, history))["input_ids"]
+        request = manager.add_request(ids, max_new_tokens=40, **settings)
+        return len(ids), tokenizer.decode(manager.get_result(request, timeout=30).generated_tokens)
+
+    try:
+        for _ in range(3):
+            seen.clear()
+            length, text = answer("what is the sun", top_k=1)
+            assert seen[0] == length if not history else length % 16 <= seen[0] < 60 < length, (length, seen)
+            history.append(("what is the sun", text))
+        history.clear()
+        greedy = model.chat(tokenizer, "what is the sun", do_sample=False)[0]
+        everything = {"top_k": model.config.padded_vocab_size, "top_p": 1.0, "temperature": 1.0}
+        for one in ({"top_k": 1}, {"top_p": 0.01}, {"temperature": 0.01}):
+            assert answer("what is the sun", **{**everything, **one})[1] == greedy
+        assert answer("what is the sun", **{**everything, "temperature": 50.0})[1] != greedy
+    finally:
+        manager.stop(block=True)
+
+
+FUNCTION = """Here it is:
+
+def sign(x):
+    if x < 0:
+        return -1
+    else:
+
+        return x > 0  # 真
+"""
+
+
+@pytest.mark.parametrize("name", ["tiny", "released"])
+def test_streamers_keep_indentation(make_model, name):
+    """The lines of a Python function arrive with all their spaces, from TextStreamer and TextIteratorStreamer."""
+    file = (TINY if name == "tiny" else SHARED / "chatglm2-6b") / "tokenizer.model"
+    if not file.exists():
+        pytest.skip("the released tokenizer.model is not part of the project")
+    tokenizer = ChatGLMTokenizer(str(file))
+    ids = [*tokenizer.encode(FUNCTION, add_special_tokens=False), tokenizer.eos_token_id]
+    model = make_model(padded_vocab_size=len(tokenizer), hidden_size=16, ffn_hidden_size=16, num_layers=1)
+    inputs = tokenizer("x", return_tensors="pt")
+    for _ in range(2):  # the same streamer again
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        model.generate(
+            **inputs, streamer=streamer, do_sample=False, max_new_tokens=len(ids), logits_processor=[Spell(ids)]
+        )
+        assert "".join(streamer) == FUNCTION
+
+
+def test_streamer_begins_behind_the_prompt(make_model, tokenizer, capsys):
+    """A prompt that ends with a line feed: the first line is indented, too."""
+    prompt, more = "def f(x):\n", "    return x\n    # x"
+    ids = tokenizer.encode(prompt + more, add_special_tokens=False)
+    start = tokenizer(prompt, return_tensors="pt")
+    ids = ids[start["input_ids"].shape[1] - 2 :]
+    model = make_model(padded_vocab_size=len(tokenizer))
+    for skip, want in ((True, more), (False, prompt + more)):
+        streamer, spell = TextStreamer(tokenizer, skip_prompt=skip), Spell(ids)
+        model.generate(**start, streamer=streamer, do_sample=False, max_new_tokens=len(ids), logits_processor=[spell])
+        assert capsys.readouterr().out == want + "\n"

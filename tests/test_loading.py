@@ -205,7 +205,9 @@ def test_missing_unexpected_and_mismatched_tensors_are_reported(saved):
     norm = "transformer.encoder.final_layernorm.weight"
     changed = {name: tensor for name, tensor in state.items() if name != norm} | {"left.over": torch.ones(2)}
     save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-    model, report = ChatGLMForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    with pytest.raises(ValueError, match=f"lacks 1 of the model's 24 tensors: {norm}. .*strict=False"):
+        ChatGLMForConditionalGeneration.from_pretrained(folder)
+    model, report = ChatGLMForConditionalGeneration.from_pretrained(folder, output_loading_info=True, strict=False)
     assert set(report["missing_keys"]) == {norm} and set(report["unexpected_keys"]) == {"left.over"}
     assert torch.equal(model.transformer.encoder.final_layernorm.weight, torch.ones(64))
     state[norm] = torch.ones(32)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from chatglm2 import quantization_cpu
 from chatglm2.quantization import QuantizedLinear
+from chatglm2.quantization_format import quantize_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantization_helpers import CPU, DTYPES, linear_of, make, needs_compiled
+from quantization_helpers import CPU, DTYPES, linear_of, make, needs_compiled, use
 from torch import nn
 
 
@@ -21,12 +22,39 @@ from torch import nn
 @given(st.integers(1, 100), st.integers(1, 300), st.sampled_from([4, 8]), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_the_layout_reorders_the_released_packing(out, k, bits, seed):
+    """The C code and the plain torch beside it, there and back."""
     k = 2 * k if bits == 4 else k
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(-128, 128, (out, k * bits // 8), dtype=torch.int8, generator=generator)
     layout = quantization_cpu.to_layout(weight, bits)
     assert layout.dtype == torch.int8 and layout.shape == quantization_cpu.layout_shape(out, k, bits)
+    assert torch.equal(layout, quantization_cpu.to_layout_reference(weight, bits))
     assert torch.equal(quantization_cpu.from_layout(layout, out, k, bits), weight)
+    assert torch.equal(quantization_cpu.from_layout_reference(layout, out, k, bits), weight)
+
+
+@needs_compiled
+@pytest.mark.parametrize("kernel", ["cpu", "cpu: avx2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_rounded_as_the_reference_rounds_them(kernel, dtype, bits):
+    """Bit for bit: from subnormal numbers to the largest, ties, rows of zeros, groups, and what is left of 16."""
+    shapes = [(1, 2, None), (33, 130, None), (9, 300, 10), (64, 256, 32), (5, 48, 2), (3, 0, None)]
+    with use(kernel):
+        for out, k, group_size in shapes:
+            dense = torch.randn(out, k, generator=torch.Generator().manual_seed(k))
+            dense *= torch.logspace(-45, 4, out)[:, None]
+            dense[out // 2] = 0
+            dense[-1] = torch.arange(k).clamp_max(14) / 2  # a scale of 1: ties
+            weight = dense.to(dtype).nan_to_num(posinf=0, neginf=0)
+            got, want = quantization_cpu.quantize(weight, bits, group_size), quantize_weight(weight, bits, group_size)
+            assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(got, want))
+        turned = torch.randn(64, 32).to(dtype).t()
+        assert torch.equal(quantization_cpu.quantize(turned, bits, None)[0], quantize_weight(turned, bits)[0])
+        for wrong in ("nan", "inf", "-inf"):
+            weight = torch.ones(4, 32, dtype=dtype).index_fill(1, torch.tensor([31]), float(wrong))
+            with pytest.raises(ValueError, match="nan or inf"):
+                quantization_cpu.quantize(weight, bits, 16)
 
 
 @needs_compiled
@@ -50,6 +78,29 @@ def test_threads_do_not_change_the_result():
         finally:
             torch.set_num_threads(before)
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+STACK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from chatglm2 import quantization_cpu
+torch.set_num_threads(2)
+weight, scale = torch.full((64, 1 << 20), 0x11, dtype=torch.int8), torch.ones(64, 1 << 16)
+layout = quantization_cpu.to_layout(weight, 4)
+for dtype in (torch.float32, torch.float16):
+    x = torch.zeros(1, 1 << 21, dtype=dtype)
+    x[:, -3:] = 1
+    assert (quantization_cpu.linear(x, layout, scale, None, 4) == 3).all()
+"""
+
+
+@needs_compiled
+def test_the_stack_does_not_hold_the_scales_of_a_checkpoint():
+    """65,536 groups a row, in threads of 16 KiB."""
+    environment = {**os.environ, "OMP_STACKSIZE": "16k"}
+    lib = Path(__file__).parents[1] / "lib"
+    assert subprocess.run([sys.executable, "-c", STACK, str(lib)], env=environment).returncode == 0
 
 
 # Compiling
@@ -114,13 +165,3 @@ def test_CC_with_options(tmp_path):
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("gcc") or shutil.which("cc")]
     name, messages, *_ = finish(start(tmp_path, CC=shlex.join([*compiler, "-m64"])))
     assert (name, messages) == ("cpu", "[]")
-
-
-@needs_compiled
-def test_cache_writable_by_others_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "chatglm2").mkdir()
-    (tmp_path / "chatglm2").chmod(0o777)
-    folder = quantization_cpu.cache_folder()
-    assert not folder.startswith(str(tmp_path / "chatglm2"))
-    os.rmdir(folder)

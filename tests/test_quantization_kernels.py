@@ -51,6 +51,24 @@ def test_kernels_match_the_reference(kernel, dtype, bits):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits, group_size", [(8, None), (4, None), (4, 32)])
+def test_the_largest_inputs_do_not_overflow(kernel, dtype, bits, group_size):
+    """q * x exceeds float32 where the dequantized weight times x does not. Other rows stay the same."""
+    linear = linear_of(kernel)
+    for n in (1, 3, 14, 300):
+        x, *rest = make(n, 256, 40, bits, torch.float32, group_size)
+        x, rest[1] = x.to(dtype), rest[1] / 3000  # the scales: sums stay within the dtype
+        rest[2] = rest[2].to(dtype)
+        before = linear(x, *rest)
+        x[0, ::9] = torch.finfo(dtype).max * torch.tensor([1, -0.5, 0.25]).repeat(10)[:29]
+        y = linear(x, *rest)
+        assert y.isfinite().all()
+        assert_as_exact_as_the_reference(y[:1], kernel, x[:1], *rest)
+        assert kernel == "stock" or torch.equal(y[1:], before[1:])  # stock's outlier channels are those of the batch
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 64), (4, 128), (8, 128), (4, 256), (4, 6)])
 def test_kernels_support_groups(kernel, bits, group_size):
     linear = linear_of(kernel)

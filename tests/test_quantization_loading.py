@@ -1,13 +1,18 @@
 """Saving and loading quantized models, quantizing while loading, and offloading."""
 
+import errno
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from chatglm2 import quantization_loading
 from chatglm2.quantization import QuantizedLinear
 from chatglm2.quantization_loading import ChatGLMQuantizationConfig
 from chatglm2.transformers_compat import DTYPE
-from quantization_helpers import CPU, linears
+from quantization_helpers import CPU, linears, needs_compiled
 from safetensors.torch import load_file, save_file
 
 
@@ -120,6 +125,62 @@ def test_quantizing_while_loading_names_the_invalid_layer(make_model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="already int8"):
         type(model).from_pretrained(tmp_path, quantization_config=ChatGLMQuantizationConfig(4))
+
+
+@needs_compiled
+@pytest.mark.parametrize("bits", [8, 4])
+def test_loading_lays_the_weights_out(make_model, tmp_path, monkeypatch, bits):
+    """No forward has to; a cast of the scales keeps the layout, in place, and the state dict is that of the file."""
+    model = make_model().quantize(bits)
+    model.save_pretrained(tmp_path, safe_serialization=True)
+    loaded = type(model).from_pretrained(tmp_path)
+    layers = [layer for layer in loaded.modules() if isinstance(layer, QuantizedLinear)]
+    weights = [layer.weight for layer in layers]
+    assert len(layers) == 12 and all(layer._weights.layout == "cpu" for layer in layers)
+    loaded.half().to("cpu").eval()(torch.tensor([[5, 6, 7]]))
+    assert all(layer.weight.data_ptr() == weight.data_ptr() for layer, weight in zip(layers, weights))
+    assert layers[0].weight_scale.dtype == torch.float16
+    stored, state = load_file(tmp_path / "model.safetensors"), loaded.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in stored.items() if value.dtype == torch.int8)
+    monkeypatch.setattr(quantization_loading, "has_accelerator", lambda: True)  # the model is likely to be moved there
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not any(layer._weights.layout for layer in loaded.modules() if isinstance(layer, QuantizedLinear))
+
+
+@needs_compiled
+def test_what_writes_to_a_weight_gets_the_released_packing(make_model):
+    """_apply with a function that writes in place, or makes another tensor."""
+    layer, x = QuantizedLinear.from_linear(torch.nn.Linear(64, 64), 4), torch.ones(1, 64)
+    for change in (torch.zero_, lambda tensor: torch.zeros_like(tensor)):
+        layer(x)
+        layer._apply(change)
+        assert layer.weight.shape == (64, 32) and not layer(x).any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps is Linux'")
+def test_a_weight_that_was_laid_out_is_unmapped(tmp_path):
+    """Its pages leave the process, but not the file cache. Memory that is no file keeps its values."""
+    values, file = torch.arange(1 << 20, dtype=torch.int32), tmp_path / "weights"
+    file.write_bytes(values.numpy().tobytes())
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())  # a page that is still to be written could not leave the cache
+    mapped, other = torch.from_file(str(file), False, len(values), dtype=torch.int32), values.clone()
+    mapped.sum()
+    before = resident("RssFile")
+    for weight in (mapped, other):
+        quantization_loading.release_pages(weight)
+    assert before - resident("RssFile") > 0.9 * values.nbytes
+    with open(file, "rb") as opened:
+        try:  # read what is in the cache, or nothing
+            assert os.preadv(opened.fileno(), [bytearray(values.nbytes)], 0, os.RWF_NOWAIT) == values.nbytes
+        except OSError as error:
+            assert error.errno == errno.EOPNOTSUPP  # a file system without
+    assert torch.equal(mapped, values) and torch.equal(other, values)
+
+
+def resident(kind):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind + ":"))
 
 
 def test_offloaded_layers_compute_the_same(make_model, tmp_path):

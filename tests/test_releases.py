@@ -243,7 +243,9 @@ def test_missing_weights_left_uninitialized(folder, tmp_path):
     state = {name: tensor for name, tensor in stored(folder).items() if not name.startswith(layer)}
     assert len(state) < len(stored(folder))
     torch.manual_seed(1)
-    model = load(copy_of(folder, tmp_path, state), AutoModelForSequenceClassification, torch_dtype=torch.float32)
+    model = load(
+        copy_of(folder, tmp_path, state), AutoModelForSequenceClassification, torch_dtype=torch.float32, strict=False
+    )
     got = model.state_dict()
     for name in [*(name for name in got if name.startswith(layer)), "classifier_head.weight", "classifier_head.bias"]:
         if "classifier" in name:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from conftest import SHARED, TINY
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
 
@@ -177,6 +177,27 @@ def test_missing_and_broken_model_files_are_named(tmp_path):
         ChatGLMTokenizer(str(cut))
 
 
+def test_half_a_surrogate_pair_is_named(tokenizer, tiny_model):
+    r"""JSON can spell "\ud800", so it comes from pages, servers and files; SentencePiece would dump its types."""
+    bad = "你好\ud800!"
+    named = r" cannot be encoded in UTF-8: character 2 is '\\ud800', half of a surrogate pair, after '你好'"
+    for call in (tokenizer, tokenizer.tokenize, tokenizer.encode, lambda text: tokenizer(["a", text], padding=True)):
+        with pytest.raises(ValueError, match=f"^the text{named}"):
+            call(bad)
+    for history, query, what in (([], bad, "query of round 1"), ([("a", bad)], "b", "response of round 1")):
+        with pytest.raises(ValueError, match=f"^the {what}{named}"):
+            tiny_model.chat(tokenizer, query, history)
+        with pytest.raises(ValueError, match=f"^the {what}{named}"):
+            next(tiny_model.stream_chat(tokenizer, query, history))
+    assert tokenizer.decode(tokenizer.encode("😀")) == "😀"  # both halves
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
+def test_half_a_surrogate_pair_is_named_in_the_template(tokenizer):
+    with pytest.raises(ValueError, match=r"character 15 is '\\ud800', .* after '\[Round 1\].*你好'"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "你好\ud800"}])
+
+
 # The prompt
 
 
@@ -231,22 +252,41 @@ def test_system_message_comes_before_round_one(tokenizer):
 
 @pytest.mark.needs_transformers("4.34", "chat templates")
 @pytest.mark.parametrize(
-    ("roles", "message"),
+    ("roles", "expected"),
     [
-        (["user", "user"], "must take turns"),
-        (["assistant"], "must follow a user message"),
-        (["user", "system", "user"], "must be the first"),
-        (["user", "tool"], "give system, user or assistant"),
-        (["user", "assistant"], "needs a user message at the end"),
-        (["user", None], "must be text"),
+        ("uu", "[Round 1]\n\n问：0\n\n1\n\n答："),
+        ("uau", "[Round 1]\n\n问：0\n\n答：1\n\n[Round 2]\n\n问：2\n\n答："),
+        ("usu", "[Round 1]\n\n问：0\n\n1\n\n2\n\n答："),
+        ("uasu", "[Round 1]\n\n问：0\n\n答：1\n\n2\n\n[Round 2]\n\n问：3\n\n答："),
+        ("ssu", "0\n\n1\n\n[Round 1]\n\n问：2\n\n答："),
+        ("au", "[Round 1]\n\n问：\n\n答：0\n\n[Round 2]\n\n问：1\n\n答："),
+        ("uaa", "[Round 1]\n\n问：0\n\n答：1\n\n[Round 2]\n\n问：\n\n答：2\n\n[Round 3]\n\n问：\n\n答："),
+        ("s", "0\n\n[Round 1]\n\n问：\n\n答："),
+        ("uatdu", "[Round 1]\n\n问：0\n\n答：1\n\n2\n\n3\n\n[Round 2]\n\n问：4\n\n答："),
     ],
 )
-def test_invalid_role_orders_are_rejected(tokenizer, roles, message):
-    """Another order than system, user, assistant, user, ... raises, and says what is wrong."""
+def test_any_order_of_roles_is_taken(tokenizer, roles, expected):
+    """Servers and front ends send any: questions in a row are one, an answer without a question gets an empty one."""
+    names = {"u": "user", "a": "assistant", "s": "system", "d": "developer", "t": "tool"}
+    messages = [{"role": names[role], "content": str(i)} for i, role in enumerate(roles)]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == expected
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
+def test_an_empty_question_is_that_of_build_prompt(tokenizer):
+    """An answer at the end of the messages is followed by a round with an empty question, as in the original."""
+    text = tokenizer.apply_chat_template(as_messages("再见", HISTORY)[:-1], add_generation_prompt=True, tokenize=False)
+    assert text == tokenizer.build_prompt("", HISTORY)
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
+@pytest.mark.parametrize(("role", "content", "message"), [("User", "x", "Unknown role"), ("user", ["x"], "be text")])
+def test_what_is_no_conversation_is_rejected(tokenizer, role, content, message):
+    """A role that is not known, and content that is not text: the template says what is wrong."""
     from jinja2.exceptions import TemplateError
 
     with pytest.raises(TemplateError, match=message):
-        template_ids(tokenizer, [{"role": role or "user", "content": "x" if role else ["x"]} for role in roles])
+        template_ids(tokenizer, [{"role": role, "content": content}])
 
 
 # What tools around the model ask of it
@@ -254,21 +294,37 @@ def test_invalid_role_orders_are_rejected(tokenizer, roles, message):
 
 def test_single_special_id_decodes_to_its_name(tokenizer):
     """lm-evaluation-harness asks so what ends an answer; an empty string would end every answer at once."""
-    assert [tokenizer.decode(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert [tokenizer.decode(i) for i in range(3)] == ["<unk>", "", "</s>"]
     assert tokenizer.decode(2, skip_special_tokens=True) == tokenizer.decode([2]) == ""
 
 
+PIECES = st.one_of(st.integers(3, 258), st.integers(259, 1620), st.sampled_from([0, 1, 2, 1600, 1604, 1606]))
+
+
 @pytest.mark.needs_transformers("5.10", "a server that streams by tokenizers' DecodeStream")
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-@settings(max_examples=60, deadline=None)
-def test_rust_decoder_gives_the_same_text(text):
-    """transformers' server streams by a Rust decoder: whole and one id at a time, special ids aside."""
-    tokenizer = shared_tokenizer()
-    ids, decoder = tokenizer.encode(text) + [2], tokenizer.tokenizer._tokenizer
-    expected = tokenizer.decode(ids)
-    assert decoder.decode(ids, skip_special_tokens=True) == expected
-    stream = decoders.DecodeStream(skip_special_tokens=True)
-    assert "".join(stream.step(decoder, i) or "" for i in ids) == expected
+@given(st.lists(PIECES, max_size=30))
+@example([100, 131, 101])  # a, a stray byte, b
+@example([231, 192, 163, 131, 101])  # the three bytes of a character, a stray one, b
+@settings(max_examples=300, deadline=None)
+def test_any_ids_stream_as_they_decode(ids):
+    """What `transformers serve` streams of any ids, one at a time, is their text without U+FFFD at its end.
+
+    Bytes in any order, special ids, tokens that a user added, special ones too, and ids of the padded embedding.
+    """
+    if "added" not in _TOKENIZERS:
+        _TOKENIZERS["added"] = added = ChatGLMTokenizer.from_pretrained(TINY)
+        assert added.tokenizer._tokenizer is added.tokenizer._tokenizer
+        added.add_tokens(["<think>"])
+        added.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+        _TOKENIZERS["copy"] = pickle.loads(pickle.dumps(copy.deepcopy(added)))
+    for name in ("added", "copy"):
+        tokenizer = _TOKENIZERS[name]
+        decoder, expected = tokenizer.tokenizer._tokenizer, tokenizer.decode(ids, skip_special_tokens=True)
+        assert decoder.decode(ids, skip_special_tokens=True) == expected
+        assert decoder.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        assert "".join(stream.step(decoder, i) or "" for i in ids) == expected.rstrip("\ufffd")
+    assert tokenizer.decode([1605, 1606]) == "<think><tool>"
 
 
 # The released vocabulary

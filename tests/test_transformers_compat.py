@@ -219,6 +219,7 @@ DOCUMENTED = {
     "transformers.cache_utils.Cache",
     "transformers.cache_utils.DynamicCache",
     "transformers.quantizers.HfQuantizer",
+    "transformers.utils.logging",
 }
 CLASSES = ("PreTrainedModel", "GenerationMixin", "PretrainedConfig", "PreTrainedTokenizer", "GenerationConfig")
 

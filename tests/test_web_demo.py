@@ -1,181 +1,14 @@
 """demos/web_demo.py in a real browser. `python tests/test_web_demo.py` writes docs/web_demo.png."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-from contextlib import contextmanager
-from pathlib import Path
+import re
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, free_port, listens, until
-from transformers import LogitsProcessor
+from conftest import ROOT, until
+from web_helpers import DIALOGUES, SPAIN, SUN, Chat, chromium, command, has_ended
 
 pytestmark = pytest.mark.tools
-
-DIALOGUES = {}  # by the first question
-for line in (TINY / "dialogues.jsonl").read_text(encoding="utf-8").splitlines():
-    turns = json.loads(line)["turns"]
-    DIALOGUES[turns[0][0]] = turns
-SUN, SPAIN = DIALOGUES["what is the sun"], DIALOGUES["where is Spain"]
-CHROMIUM = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
-
-@contextmanager
-def command():
-    """The address of `python demos/web_demo.py`, run as a person runs it."""
-    port = free_port()
-    arguments = [str(ROOT / "demos" / "web_demo.py"), "--device", "cpu", "--temperature", "0", "--port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log.txt"
-        with log.open("w") as file:
-            server = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=file, stderr=file, cwd="/")
-        try:
-            until(lambda: listens(url, server, log), "web_demo.py does not listen", seconds=120)
-            yield url
-        finally:
-            server.terminate()
-            server.wait(timeout=30)
-
-
-@contextmanager
-def chromium():
-    """A browser. One that is installed already, as playwright's own is a download."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if path is None:
-        pytest.skip(f"none of these browsers is installed: {', '.join(CHROMIUM)}")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=FLAGS.split())
-        yield browser
-        browser.close()
-
-
-class Chat:
-    """The page, as a person sees it."""
-
-    def __init__(self, browser, url, language="en-US"):
-        self.requests = []
-        self.context = browser.new_context(locale=language, viewport={"width": 1000, "height": 700})
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(url)
-        self.box = self.page.locator("textarea[placeholder]")
-        self.box.wait_for()
-
-    def ask(self, text):
-        self.box.fill(text)
-        self.box.press("Enter")
-
-    def press(self, name):
-        self.page.get_by_label(name, exact=True).first.click()
-
-    def stop(self):
-        self.page.locator(".stop-button").click()
-
-    def texts(self, role):
-        return self.page.locator(f".message.{role}:not(.pending)").all_inner_texts()
-
-    def wait_until(self, true, what):
-        """As `until`; playwright wants to do the waiting."""
-        end = time.monotonic() + 20
-        while not true():
-            assert time.monotonic() < end, f"{what}: {self.page.locator('body').inner_text()}"
-            self.page.wait_for_timeout(20)
-
-    def wait_until_ready(self):
-        self.page.locator(".submit-button").wait_for()
-        self.wait_until(self.box.is_enabled, "the box stays closed")
-
-    def shows(self, *turns):
-        """Waits for the end of the answer, and for exactly these turns."""
-        self.wait_until_ready()
-        expected = [query for query, _ in turns], [answer for _, answer in turns]
-        self.wait_until(lambda: (self.texts("user"), self.texts("bot")) == expected, f"not {expected}")
-
-
-@pytest.fixture(scope="module")
-def server():
-    with command() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def open_chat(browser):
-    """A factory of pages, each in a browser profile of its own."""
-    chats = []
-
-    def open_chat(url, language="en-US"):
-        chats.append(Chat(browser, url, language))
-        return chats[-1]
-
-    yield open_chat
-    for chat in chats:
-        chat.context.close()
-
-
-class Slow(LogitsProcessor):
-    """Makes every step last, and notes that it is `call`'s; `endless` answers never come to an end."""
-
-    def __init__(self, call, steps, seconds, endless):
-        self.call, self.steps, self.seconds, self.endless = call, steps, seconds, endless
-
-    def __call__(self, input_ids, scores):
-        self.steps.append(self.call)
-        time.sleep(self.seconds)
-        if self.endless:
-            scores[:, 2] = -float("inf")
-        return scores
-
-
-@pytest.fixture
-def serve(tiny_model, tokenizer):
-    """A factory of pages served from this process, by a model that is slow and whose steps and calls can be counted."""
-    import web_demo
-
-    pages = []
-
-    def serve(*options, seconds=0.05, endless=True):
-        calls, steps = [], []
-
-        def stream_chat(tokenizer, query, history, **settings):
-            calls.append((query, history, settings))
-            slow = Slow(len(calls), steps, seconds, endless)
-            return tiny_model.stream_chat(tokenizer, query, history, logits_processor=[slow], **settings)
-
-        model = SimpleNamespace(config=tiny_model.config, stream_chat=stream_chat)
-        page = web_demo.build(model, tokenizer, web_demo.parse_arguments(["--temperature", "0", *options]))
-        page.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, i18n=web_demo.LABELS)
-        pages.append(page)
-        return SimpleNamespace(url=page.local_url, steps=steps, calls=calls)
-
-    yield serve
-    for page in pages:
-        page.close()
-
-
-def has_ended(served):
-    """True if the model takes no further step."""
-    before = len(served.steps)
-    time.sleep(0.5)
-    return len(served.steps) == before
 
 
 # Talking
@@ -240,7 +73,7 @@ def test_labels_follow_the_browser_language(server, open_chat, language, label):
     """English and Chinese labels. No request leaves the server: the page works with no network."""
     chat = open_chat(server, language)
     chat.page.locator(".label-wrap", has_text=label).wait_for()
-    chat.page.wait_for_load_state("networkidle")
+    chat.wait_until_connected()
     assert all(url.startswith((server, "data:", "blob:")) for url in chat.requests), chat.requests
 
 
@@ -356,15 +189,16 @@ def test_clear_over_a_slow_connection(serve, open_chat):
 
 
 def test_settings_reach_the_model(serve, open_chat):
-    """The three sliders; at temperature 0 nothing is sampled."""
+    """The three sliders and the system prompt."""
     served = serve(endless=False, seconds=0)
     chat = open_chat(served.url)
-    chat.page.wait_for_load_state("networkidle")  # what comes late may put the defaults back
+    chat.wait_until_connected()  # what comes late may put the defaults back
     chat.page.locator(".label-wrap").click()
     for name, value in (("Temperature", "0.5"), ("Top-p", "0.6"), ("Max new tokens", "7")):
         field = chat.page.locator(f"input[type=number][aria-label*='{name}']")
         field.fill(value)
         field.press("Tab")
+    chat.page.get_by_label("System prompt").fill(" 请简短回答。\n")
     chat.ask("hello")
     chat.wait_until(lambda: served.calls and chat.texts("bot"), "no answer")
     chat.wait_until_ready()
@@ -372,8 +206,86 @@ def test_settings_reach_the_model(serve, open_chat):
     chat.ask("hello")
     chat.wait_until(lambda: len(served.calls) == 2, "not asked")
     sampled, greedy = (settings for _, _, settings in served.calls)
-    assert sampled == {"do_sample": True, "temperature": 0.5, "top_p": 0.6, "max_new_tokens": 7}
-    assert greedy == {**sampled, "do_sample": False, "temperature": 0}
+    assert sampled == {"temperature": 0.5, "top_p": 0.6, "max_new_tokens": 7, "system": "请简短回答。"}
+    assert greedy == {**sampled, "temperature": 0}
+
+
+def test_a_turn_encodes_only_itself(serve, open_chat):
+    """Each page has a cache of its own: told by the page, gone with Clear and with the page."""
+    served = serve(endless=False, seconds=0)
+    chat, other = open_chat(served.url), open_chat(served.url, "zh-CN")
+
+    def encoded():
+        text = chat.page.locator("#status").inner_text()
+        return int(re.fullmatch(r"First token after .* s, then .* tokens/s. Context: .*, (\d+) encoded .*", text)[1])
+
+    chat.ask(SUN[0][0])
+    chat.shows(SUN[0])
+    other.ask(SPAIN[0][0])
+    other.shows(SPAIN[0])
+    text = other.page.locator("#status").inner_text()
+    assert re.fullmatch(r"首个 token 用时 .* 秒，之后每秒 .* 个。上下文 .* / 1,024 token，本轮新编码 \d+ 个。", text)
+    chat.ask(SUN[1][0])
+    chat.shows(*SUN[:2])
+    question = "\n\n" + served.sessions.tokenizer.build_round(2, SUN[1][0])
+    assert encoded() == len(served.sessions.tokenizer.encode(question, add_special_tokens=False)) - 1
+    chat.press("Retry")
+    chat.wait_until(lambda: len(served.calls) == 4, "not asked")
+    chat.shows(*SUN[:2])
+    assert encoded() == 1  # the last of the same prompt
+    assert len(served.sessions.idle) == 2
+    chat.press("Clear")
+    until(lambda: len(served.sessions.idle) == 1, "Clear keeps the cache")
+    other.page.close()
+    until(lambda: not served.sessions.idle, "a closed page keeps its cache")
+
+
+def test_examples(server, open_chat):
+    """One click asks a question that the tiny checkpoint knows."""
+    chat = open_chat(server)
+    chat.page.get_by_text("讲个笑话").click()
+    chat.shows(DIALOGUES["讲个笑话"][0])
+
+
+def test_export_and_import(serve, open_chat, tmp_path):
+    """What one page writes, system prompt included, another reads, and goes on with. A broken file is an error."""
+    served = serve(endless=False, seconds=0)
+    chat, other = open_chat(served.url), open_chat(served.url)
+    for page in (chat.page, other.page):
+        page.locator(".label-wrap").click()
+    chat.page.get_by_label("System prompt").fill("  请简短回答。")
+    question = "def f():\n    return '<b>😀</b>'"
+    chat.ask(question)
+    chat.wait_until(lambda: "".join(chat.texts("bot")), "no answer")
+    chat.wait_until_ready()
+    [answer] = chat.texts("bot")
+    with chat.page.expect_download() as download:
+        chat.page.get_by_text("Export").click()
+    file = tmp_path / "chat.json"
+    download.value.save_as(file)
+    messages = json.loads(file.read_text(encoding="utf-8"))["messages"]
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "  请简短回答。"),
+        ("user", question),
+        ("assistant", answer),
+    ]
+
+    def read():
+        with other.page.expect_file_chooser() as chooser:
+            other.page.get_by_text("Import").click()
+        chooser.value.set_files(file)
+
+    read()
+    other.wait_until(lambda: other.texts("bot") == [answer], "not imported")
+    other.ask("more")
+    other.wait_until(lambda: len(served.calls) == 2, "not asked")
+    query, history, settings = served.calls[1]
+    assert (query, history, settings["system"]) == ("more", [(question, answer)], "请简短回答。")
+    other.wait_until_ready()
+    file.write_text('{"messages": [{"role": "tool", "content": "x"}]}')
+    read()
+    other.page.locator(".toast-body").get_by_text("messages[0]: the role 'tool'").wait_for()
+    assert other.texts("bot")[0] == answer
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
@@ -387,12 +299,26 @@ def test_users_do_not_mix(serve, concurrency):
     for turn in range(2):
         for history, dialogue in zip(histories, dialogues):
             history.append({"role": "user", "content": [{"type": "text", "text": dialogue[turn][0]}]})
-        jobs = [c.submit(h, 0, 0.8, 100, api_name="/chat") for c, h in zip(clients, histories)]
-        histories = [job.result(timeout=30) for job in jobs]
+        jobs = [c.submit(h, 0, 0.8, 100, "", api_name="/chat") for c, h in zip(clients, histories)]
+        histories = [job.result(timeout=30)[0] for job in jobs]
     answers = [[m["content"][0]["text"] for m in history if m["role"] == "assistant"] for history in histories]
     assert answers == [[answer for _, answer in dialogue] for dialogue in dialogues]
     switches = sum(a != b for a, b in zip(served.steps, served.steps[1:]))
     assert switches == 3 if concurrency == 1 else switches > 6
+
+
+def test_half_a_surrogate_pair_is_refused(tiny_model, tokenizer):
+    """JavaScript's strings may hold one. The page could not be sent back with it, and would wait for ever."""
+    import gradio
+    import web_demo
+    from sessions import Sessions
+
+    page = web_demo.build(Sessions(tiny_model, tokenizer), web_demo.parse_arguments([]))
+    ask, edit = (next(f.fn for f in page.fns.values() if f.name == name) for name in ("ask", "edit"))
+    for call in (lambda: ask("你好\ud800", []), lambda: edit([], SimpleNamespace(index=0, value="你好\ud800"))):
+        with pytest.raises(gradio.Error) as refused:
+            call()
+        assert "the message cannot be encoded in UTF-8: character 2 is '\\ud800'" in refused.value.message
 
 
 def test_zero_users_are_rejected(serve, capsys):
@@ -407,6 +333,7 @@ def take_picture(path):
     turns = DIALOGUES["what does 半途而废 mean"]
     with command() as url, chromium() as browser:
         chat = Chat(browser, url, "zh-CN")
+        chat.page.set_viewport_size({"width": 1000, "height": 960})
         for i, (query, _) in enumerate(turns, start=1):
             chat.ask(query)
             chat.shows(*turns[:i])

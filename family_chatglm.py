@@ -1,0 +1,292 @@
+"""Which model of the family a released folder holds, and how each of them writes a conversation.
+
+ChatGLM2 and CodeGeeX2 write numbered rounds of text, ChatGLM3 messages that begin with the token of a role. All share
+the network. No released file names its model in one key, so that it is told from several; what was found is saved as
+`model_family` in config.json and tokenizer_config.json, where it can also be set by hand.
+"""
+
+import ast
+import json
+import os
+import re
+
+FAMILIES = ("chatglm2", "chatglm3", "codegeex2")
+COMMANDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+ROLES = ("system", "user", "assistant", "observation")
+PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # the released models write this for the date of their training
+
+
+# ---- which model it is ----------------------------------------------------------------------------------------------
+
+
+def checked_family(name):
+    """Return `name`. Raises ValueError if it is no model of the family."""
+    if name not in FAMILIES:
+        raise ValueError(
+            f"model_family={name!r} in config.json or tokenizer_config.json must be one of {FAMILIES}. Without "
+            "the key the model is told from the others."
+        )
+    return name
+
+
+def named_family(name):
+    """The family in the last part of a path or of a name on the Hub, or None."""
+    last = re.split(r"[/\\]", str(name or "").rstrip("/\\"))[-1].lower()
+    return next((family for family in FAMILIES if family in last), None)
+
+
+def config_family(config):
+    """The family of a config.json, given as a dictionary."""
+    if config.get("model_family") is not None:
+        return checked_family(config["model_family"])
+    short = config.get("seq_length") == 8192 and "rotary_percent" not in config  # CodeGeeX2 has both
+    return named_family(config.get("_name_or_path")) or ("chatglm3" if short else "chatglm2")
+
+
+def find_rope_ratio_type(config):
+    """How a config.json, given as a dictionary, means its `rope_ratio`: "base" multiplies, "linear" divides."""
+    if config.get("rope_ratio_type") is not None:
+        return config["rope_ratio_type"]
+    family = config.get("model_family") or named_family(config.get("_name_or_path"))
+    if family:
+        return "base" if family == "chatglm3" else "linear"
+    return "linear" if config.get("rope_ratio") in (None, 1, 16) else "base"
+
+
+def tokenizer_family(folder, settings):
+    """The family of a tokenizer, from its `settings` and from the files in `folder`, where `settings` came from.
+
+    The files are read again: the settings have lost the name, and hold a chat template that may be another model's.
+    """
+    stored = read_json(folder, "tokenizer_config.json") or settings
+    if settings.get("model_family") is not None:
+        return checked_family(settings["model_family"])
+    telling = [stored.get(key) for key in ("added_tokens_decoder", "additional_special_tokens")]
+    roles = json.dumps([*telling, stored.get("chat_template"), settings.get("chat_template")], default=str)
+    if "encode_special_tokens" in stored or any(f"<|{role}|>" in roles for role in ROLES):
+        return "chatglm3"
+    return named_family(stored.get("name_or_path")) or config_family(read_json(folder, "config.json"))
+
+
+def read_json(folder, name):
+    """The JSON object in a file, or {} if there is none: whoever needs it reports what is wrong with it."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+
+class Rounds:
+    """ChatGLM2 and CodeGeeX2: numbered rounds of text. A history is a list of (query, response)."""
+
+    commands = COMMANDS
+    shown = ()  # commands whose names are part of decoded text
+    stops = ()  # commands that end an answer, besides </s>
+    template = None  # chat_template.jinja
+
+    def checked(self, query, history, role="user"):
+        """Copy `history`. Raises ValueError for what is neither text nor None, which is written as "None"."""
+        if role != "user":
+            raise ValueError(f"role={role!r}: only ChatGLM3 has roles. For a system prompt pass system=.")
+        if not isinstance(query, (str, type(None))):
+            raise ValueError(f"query must be a string, got {query!r}")
+        if history is not None and not isinstance(history, (list, tuple)):
+            raise ValueError(f"history must be a list of (query, response), got a {type(history).__name__}")
+        for i, turn in enumerate(history or []):
+            pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+            if not pair or not all(isinstance(text, (str, type(None))) for text in turn):
+                raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
+        return [tuple(turn) for turn in history or []]
+
+    def prompt(self, tokenizer, query, history, role="user", system=None):
+        """The ids of a whole prompt."""
+        return tokenizer(tokenizer.build_prompt(query, history, system))["input_ids"]
+
+    def next_round(self, tokenizer, query, history, role="user"):
+        """The ids of the new round alone, to follow those of `history`."""
+        return tokenizer.encode_continuation("\n\n" + tokenizer.build_round(len(history) + 1, query))
+
+    def split(self, history):
+        """(what to keep of a long `history`, its rounds, of which the oldest may be dropped)."""
+        return [], [[turn] for turn in history]
+
+    def answered(self, process_response, text, query, history, role="user"):
+        """(response, history with the new round) for the text of an answer."""
+        response = process_response(text)
+        return response, [*history, (query, response)]
+
+    def is_undecided(self, text, history):
+        """Whether more text could still change what the text so far is."""
+        return False
+
+
+class Roles:
+    """ChatGLM3: messages that begin with the token of a role. A history is a list of {"role", "content"}.
+
+    An assistant's message may have "metadata", the name of a tool that it calls with its content; a system message may
+    have "tools", their descriptions.
+    """
+
+    commands = (*COMMANDS, *(f"<|{role}|>" for role in ROLES))
+    shown = commands
+    stops = ("<|user|>", "<|observation|>")
+    template = (
+        "{{ '[gMASK]sop' }}{% for message in messages %}{{ '<|' + message['role'] + '|>\\n ' + message['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+
+    def checked(self, query, history, role="user"):
+        """Copy `history`. Raises ValueError for an unknown role, and for what is not text."""
+        if history is not None and not isinstance(history, (list, tuple)):
+            raise ValueError(f'history must be a list of {{"role", "content"}}, got a {type(history).__name__}')
+        messages = [*(history or []), {"role": role, "content": query}]
+        for i, message in enumerate(messages):
+            place = f"history[{i}]" if i < len(messages) - 1 else "the message"
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise ValueError(f'{place} must be {{"role": ..., "content": ...}}, got {message!r}')
+            check_role(message["role"])
+            for key in ("content", "metadata"):
+                if not isinstance(message.get(key, ""), str):
+                    raise ValueError(f"{key} of {place} must be a string, got {message[key]!r}")
+        return [dict(message) for message in messages[:-1]]
+
+    def message(self, tokenizer, role, metadata, content):
+        """The ids of one message: the role's token, the first line with its metadata, the content."""
+        check_role(role)
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in (f"{metadata}\n", content)]
+        return [tokenizer.get_command(f"<|{role}|>"), *ids[0], *ids[1]]
+
+    def messages(self, tokenizer, messages):
+        """The ids of several messages."""
+        ids = []
+        for message in messages:
+            content = message["content"]
+            if message["role"] == "system" and "tools" in message:
+                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+            ids += self.message(tokenizer, message["role"], message.get("metadata", ""), content)
+        return ids
+
+    def prompt(self, tokenizer, query, history, role="user", system=None):
+        """The ids of a whole prompt."""
+        first = [{"role": "system", "content": system}] if system else []
+        ids = self.messages(tokenizer, [*first, *history])
+        return tokenizer.get_prefix_tokens() + ids + self.next_round(tokenizer, query, history, role)
+
+    def next_round(self, tokenizer, query, history, role="user"):
+        """The ids of the new message, and the assistant's token."""
+        return self.message(tokenizer, role, "", query) + [tokenizer.get_command("<|assistant|>")]
+
+    def encoded(self, tokenizer, messages, add_generation_prompt=False, tools=None):
+        """(ids, mask) of a conversation in the form of OpenAI's API; the mask is 1 where an answer is to be learned.
+
+        The role "tool" is ChatGLM3's "observation", "developer" its "system"; `tool_calls` become a message each, and
+        `tools` part of the system message.
+        """
+        messages = [part for message in messages for part in from_openai(message)]
+        if tools:
+            tools = [tool.get("function", tool) for tool in tools]
+            first = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": OFFER}
+            messages.insert(0, {**first, "role": "system", "tools": tools})
+        messages = self.checked("", messages)
+        ids, mask = tokenizer.get_prefix_tokens(), [0, 0]
+        for message in messages:
+            own = self.messages(tokenizer, [message])
+            learned = int(message["role"] == "assistant")
+            ids, mask = ids + own, mask + [0] + [learned] * (len(own) - 1)
+        if add_generation_prompt:
+            return [*ids, tokenizer.get_command("<|assistant|>")], [*mask, 0]
+        ends = [tokenizer.eos_token_id] if messages and messages[-1]["role"] == "assistant" else []
+        return ids + ends, mask + [1] * len(ends)
+
+    def split(self, history):
+        """(what to keep of a long `history`, its rounds, of which the oldest may be dropped)."""
+        first = 1 if history and history[0]["role"] == "system" else 0
+        rounds = []
+        for message in history[first:]:
+            if message["role"] == "user" or not rounds:
+                rounds.append([])
+            rounds[-1].append(message)
+        return list(history[:first]), rounds
+
+    def answered(self, process_response, text, query, history, role="user"):
+        """(response, history with the new messages) for the text of an answer."""
+        return process_response(text, [*history, {"role": role, "content": query}])
+
+    def response(self, text, history):
+        """(response, history with the messages of `text`); the response is a dictionary if it calls a tool.
+
+        Where the system message offers tools, the call's parameters are read, as literals: nothing is evaluated. If
+        that fails, and where no tools are offered, the response is {"name", "content"}.
+        """
+        history = list(history)
+        for part in text.split("<|assistant|>"):
+            metadata, newline, content = part.partition("\n")
+            metadata, content = (metadata.strip(), content.strip()) if newline else ("", part.strip())
+            history.append({"role": "assistant", "metadata": metadata, "content": content})
+        if not metadata:
+            return with_date(content), history
+        parameters = called_with("\n".join(content.split("\n")[1:-1])) if offers_tools(history) else None
+        kind, value = ("content", content) if parameters is None else ("parameters", parameters)
+        return {"name": metadata, kind: value}, history
+
+    def is_undecided(self, text, history):
+        """Whether the first line could still become the name of a tool."""
+        return offers_tools(history) and "\n" not in text.rpartition("<|assistant|>")[2]
+
+
+OFFER = "Answer the following questions as best as you can. You have access to the following tools:"  # as trained
+
+
+def from_openai(message):
+    """A message of OpenAI's API as messages of ChatGLM3."""
+    role = {"tool": "observation", "developer": "system"}.get(message.get("role"), message.get("role"))
+    content = message.get("content") or ""
+    if isinstance(content, (list, tuple)):  # parts
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    calls = message.get("tool_calls") or []
+    if content or not calls:
+        kept = {key: message[key] for key in ("metadata", "tools") if key in message}
+        yield {**kept, "role": role, "content": content}
+    for call in calls:
+        function = call.get("function", call)
+        arguments = function.get("arguments") or {}
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        content = f"```python\ntool_call({written})\n```"
+        yield {"role": "assistant", "metadata": function["name"], "content": content}
+
+
+def offers_tools(history):
+    return bool(history) and history[0]["role"] == "system" and "tools" in history[0]
+
+
+def check_role(role):
+    if role not in ROLES:
+        raise ValueError(f"role={role!r} is unknown: use one of {ROLES}.")
+
+
+def called_with(code):
+    """The parameters of `tool_call(key=value, ...)`, whose values are literals; None for any other code."""
+    try:
+        call = ast.parse(code.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "tool_call" or call.args:
+            return None
+        if any(keyword.arg is None for keyword in call.keywords):  # **other
+            return None
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # all that a broken text can cause
+        return None
+
+
+def with_date(text):
+    return text.replace(PLACEHOLDER, TRAINING_DATE)
+
+
+def conversation(family):
+    """How the models of this family write a conversation."""
+    return Roles() if family == "chatglm3" else Rounds()

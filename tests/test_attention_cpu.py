@@ -1,0 +1,243 @@
+"""attention_cpu: the C code against `eager_attention`, within that one's own error, and when sdpa is the C code.
+
+With address and undefined-behavior sanitizers over the C code: see CONTRIBUTING.md.
+"""
+
+import ctypes
+import functools
+import mmap
+
+import pytest
+import torch
+from chatglm2 import attention_chatglm, attention_cpu
+from chatglm2.attention_chatglm import choose_attention, eager_attention
+from conftest import ANSWERS, c_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_helpers import CLOSE, GREEDY, logits, some_ids
+
+REASON = attention_cpu.load_library()[1]
+needs_compiled = pytest.mark.skipif(bool(REASON), reason=f"no compiled kernel: {REASON}")
+pytestmark = [needs_compiled, pytest.mark.usefixtures("without_gradients")]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@functools.lru_cache(None)
+def avx2():
+    return c_kernels("avx2", module=attention_cpu)
+
+
+@pytest.fixture(params=["avx512 or avx2", "avx2"])
+def instructions(request, monkeypatch):
+    if request.param == "avx2":
+        loaded = avx2()
+        monkeypatch.setattr(attention_cpu, "load_library", lambda: loaded)
+
+
+class Module:
+    training = False
+
+
+def tensors(B, H, G, T, S, D, dtype, cache_dtype=None, seed=0):
+    """query, key, value as the model passes them: the query a transposed view, the cache with room for more tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(B, T, H, D, generator=generator).to(dtype).transpose(1, 2)
+    cache = torch.randn(2, B, G, S + 3, D, generator=generator).to(cache_dtype or dtype)
+    return query, cache[0, :, :, :S], cache[1, :, :, :S]
+
+
+def before_a_guard_page(tensor):
+    """A dense copy that ends where reading is forbidden: one byte beyond it ends the process."""
+    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages), ctypes.c_size_t(page), 0) == 0  # PROT_NONE
+    whole = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size)
+    return whole.view(tensor.shape).copy_(tensor)
+
+
+def padding(B, T, S, seed=0):
+    """A mask (B, 1, T, S): T new tokens behind S - T cached ones, with padding on the left of some rows."""
+    place, query = torch.arange(S), torch.arange(S - T, S)[:, None]
+    lengths = torch.randint(0, S, (B, 1, 1, 1), generator=torch.Generator().manual_seed(seed))
+    lengths[0] = 0
+    return (place <= query) & (place >= lengths) | (place == query)
+
+
+def relative_error(y, exact):
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_as_exact_as_eager(query, key, value, mask=None):
+    """At most half again as wrong, against float64, as eager attention is in the query's dtype."""
+    scaling = query.shape[-1] ** -0.5
+    y, weights = attention_cpu.attention(Module, query, key, value, mask, scaling)
+    assert weights is None and y.dtype == query.dtype and y.is_contiguous()
+    exact, _ = eager_attention(Module, query.double(), key.double(), value.double(), mask, scaling)
+    same = [t.to(query.dtype) for t in (key, value)]
+    own = relative_error(eager_attention(Module, query, *same, mask, scaling)[0], exact)
+    assert relative_error(y, exact) <= 1.5 * own + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, S", [(1, 1), (1, 63), (1, 5000), (4, 600), (9, 9), (70, 70), (40, 200)])
+def test_matches_eager_in_the_shapes_of_6b(instructions, dtype, T, S):
+    """A step, drafts, a prompt, and a chunk of one."""
+    mask = padding(1, T, S) if 1 < T < S else None
+    assert_as_exact_as_eager(*tensors(1, 32, 2, T, S, 128, dtype), mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_32768_tokens(instructions, dtype):
+    """No nan, no loss of small weights: the error stays that of a short context."""
+    assert_as_exact_as_eager(*tensors(1, 4, 1, 1, 32768, 64, dtype))
+    query, key, value = tensors(1, 4, 1, 1, 32768, 64, dtype)
+    y, _ = attention_cpu.attention(Module, query * 100, key, torch.ones_like(value), None, 0.125)
+    torch.testing.assert_close(y, torch.ones_like(y))
+
+
+@given(
+    B=st.integers(1, 3),
+    G=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 16, 20]),
+    T=st.integers(1, 40),
+    cached=st.integers(0, 200),
+    D=st.sampled_from([8, 16, 24, 64, 128, 136, 256]),
+    dtype=st.sampled_from(DTYPES),
+    cache_dtype=st.sampled_from([None, None, *DTYPES]),
+    masked=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def check_any_shape(B, G, group, T, cached, D, dtype, cache_dtype, masked, seed):
+    cached = 0 if not masked and T > 1 else cached
+    inputs = [*tensors(B, G * group, G, T, cached + T, D, dtype, cache_dtype, seed)]
+    inputs += [padding(B, T, cached + T, seed)] if masked else []
+    assert_as_exact_as_eager(*map(before_a_guard_page, inputs))
+
+
+def test_matches_eager_in_any_shape(instructions):
+    """Any group, head size and dtype, causal or with padding; and nothing is read beyond the inputs."""
+    check_any_shape()
+
+
+def test_strides_and_masks(instructions):
+    """A cache in another order, a mask for all rows of a batch, a static cache's unused slots, no causal mask."""
+    query, key, value = tensors(2, 4, 2, 5, 5, 16, torch.float32)
+    swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (key, value)]
+    assert_as_exact_as_eager(query, *swapped)
+    assert_as_exact_as_eager(query, key, value, padding(1, 5, 5))
+    unused = [torch.cat((t, torch.full_like(t, float("nan"))), dim=2) for t in (key, value)]
+    assert_as_exact_as_eager(query, *unused)
+    channels_first = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (query, key, value)]
+    want, _ = attention_cpu.attention(Module, query, key, value, None, 0.25, is_causal=False)
+    all_keys = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    assert torch.equal(attention_cpu.attention(Module, *channels_first, all_keys, 0.25)[0], want)
+
+
+def test_no_key_at_all_gives_zeros(instructions):
+    query, key, value = tensors(1, 4, 2, 2, 9, 16, torch.float16)
+    mask = torch.ones(1, 1, 2, 9, dtype=torch.bool)
+    mask[0, 0, 1] = False
+    y, _ = attention_cpu.attention(Module, query, key, value, mask, 0.25)
+    assert not y[0, 1].any() and y[0, 0].all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_propagate(instructions, bad):
+    """From the key that a head attends to, to that head's output; and from nowhere else."""
+    query, key, value = tensors(1, 4, 2, 3, 700, 16, torch.float32)
+    mask = padding(1, 3, 700)
+    key[0, 1, 698] = bad  # the second group's; the first token does not attend to it
+    y, _ = attention_cpu.attention(Module, query, key, value, mask, 0.25)
+    assert y[0, 0].isfinite().all() and y[0, :, :2].isfinite().all() and y[0, 1:, 2:].isnan().all()
+
+
+def test_rows_do_not_depend_on_threads_or_on_other_tokens(instructions):
+    query, key, value = tensors(1, 32, 2, 6, 3000, 128, torch.float16)
+    mask, before, results = padding(1, 6, 3000), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(attention_cpu.attention(Module, query, key, value, mask, 0.1)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    alone, _ = attention_cpu.attention(Module, query[:, :, 4:5], key, value, mask[:, :, 4:5], 0.1)
+    assert torch.equal(alone, results[0][:, 4:5])
+
+
+# In the model
+
+
+def counted(monkeypatch):
+    """Calls of the C code from here on."""
+    calls = []
+
+    def attention(*args, **kwargs):
+        calls.append(1)
+        return attention_cpu.attention(*args, **kwargs)
+
+    monkeypatch.setattr(attention_chatglm, "cpu_attention", attention)
+    return calls
+
+
+def test_model_uses_it_for_sdpa(make_model, padded_batch, monkeypatch):
+    """A padded prompt, and steps with a growing cache: eager's logits and ids, by the C code."""
+    calls, (ids, mask, _) = counted(monkeypatch), padded_batch
+    fused, plain = make_model(), make_model(attention="eager")
+    want = logits(plain, ids, attention_mask=mask)[mask.bool()]
+    torch.testing.assert_close(logits(fused, ids, attention_mask=mask)[mask.bool()], want, **CLOSE)
+    assert len(calls) == 3
+    outputs = [model.generate(ids, attention_mask=mask, **GREEDY) for model in (fused, plain)]
+    assert torch.equal(*outputs)
+    assert len(calls) == 3 + GREEDY["max_new_tokens"] * 3
+
+
+@pytest.mark.needs_transformers("4.57", "StaticCache with the arguments of today")
+def test_static_cache(make_model, monkeypatch):
+    """The unused slots of a static cache are masked."""
+    from transformers import StaticCache
+
+    calls, model, ids = counted(monkeypatch), make_model(), some_ids(rows=1)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    want = logits(make_model(attention="eager"), ids)
+    for part in (slice(0, 7), slice(7, 8), slice(8, 12)):  # a prompt, a token, a few
+        torch.testing.assert_close(logits(model, ids[:, part], cache=cache), want[:, part], **CLOSE)
+    assert len(calls) == 9
+
+
+def test_greedy_answers(tiny_model, tokenizer, monkeypatch):
+    calls = counted(monkeypatch)
+    for query, answer in ANSWERS.items():
+        assert tiny_model.chat(tokenizer, query, do_sample=False)[0] == answer
+    assert len(calls) > 20
+
+
+def test_torch_computes_what_it_does_not(make_config, monkeypatch):
+    config, x, mask = make_config(), torch.zeros(1, 4, 64), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    config._attn_implementation = "sdpa"
+    assert choose_attention(config, x, mask) is attention_chatglm.cpu_attention
+    sdpa = attention_chatglm.sdpa_attention
+    with torch.enable_grad():
+        assert choose_attention(config, x, mask) is sdpa
+    for other in (x.double(), x.to("meta"), torch.nn.Parameter(x), x[:0]):
+        assert choose_attention(config, other, mask) is sdpa
+    for other in (mask.float(), mask.expand(1, 4, 4, 4), mask[0]):
+        assert choose_attention(config, x, other) is sdpa
+    config.attention_dropout = 0.5
+    assert choose_attention(config, x, mask, training=True) is sdpa
+    assert choose_attention(config, x, mask) is attention_chatglm.cpu_attention
+    for size in (20, 264):
+        config.kv_channels = size
+        assert choose_attention(config, x, mask) is sdpa
+    config.kv_channels = 16
+    monkeypatch.setattr(attention_cpu, "load_library", lambda: (None, "no compiler"))
+    assert choose_attention(config, x, mask) is sdpa
