@@ -39,6 +39,11 @@ def parse_arguments(arguments=None):
     parser = chat_parser(__doc__)
     parser.add_argument("--seed", type=int, help="make sampled answers reproducible")
     parser.add_argument("--system", default="", help="instructions in front of the conversation")
+    parser.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="faster where an answer repeats the conversation, as in edits; the answers stay the same",
+    )
     parser.add_argument("--stats", action="store_true", help="show tokens/s and the context used after each answer")
     parser.add_argument(
         "--max-length", type=SETTINGS["max_new_tokens"], default=8192, help="tokens of conversation and answer"
@@ -49,6 +54,10 @@ def parse_arguments(arguments=None):
 def write(text):
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def count(number, noun):
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def show(pieces):
@@ -115,7 +124,7 @@ class Chat:
     def answer(self, query):
         dropped = self.conversation.make_room(query)
         if dropped:
-            write(f"(The context is full: the oldest {dropped} rounds were dropped.)\n")
+            write(f"(The context is full: the oldest {count(dropped, 'round')} dropped.)\n")
         self.show(self.conversation.answer(query))
 
     def show(self, pieces):
@@ -176,7 +185,7 @@ class Chat:
             messages += [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
         path.write_text(json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         self.path = path
-        write(f"{len(chat.rounds)} rounds are in {path}.\n")
+        write(f"{count(len(chat.rounds), 'round')} in {path}\n")
 
     def do_load(self, argument):
         """/load FILE            go on with a conversation that was saved here or exported from the web page"""
@@ -186,11 +195,9 @@ class Chat:
         rounds = [(query, answer) for (a, query), (b, answer) in pairs if (a, b) == ("user", "assistant")]
         self.conversation.load(rounds, system)
         self.path = path
-        left_out = len(messages) - 2 * len(rounds)
-        write(
-            f"{len(rounds)} rounds from {path}"
-            + (f"; {left_out} messages without a pair left out.\n" if left_out else ".\n")
-        )
+        write(f"{count(len(rounds), 'round')} from {path}\n")
+        if len(messages) > 2 * len(rounds):
+            write(f"Left out: {count(len(messages) - 2 * len(rounds), 'message')} without a question or an answer.\n")
 
     def do_regenerate(self, argument):
         """/regenerate           answer the last message again"""

@@ -118,10 +118,10 @@ def test_commands(make_chat, capsys, tmp_path):
     assert [query for query, _ in chat.conversation.history] == ["你好", "/quit"] and chat.running
     assert say(chat, capsys, "/history").startswith(f"> 你好\n{HELLO}\n\n> /quit\n")
     assert say(chat, capsys, "/system 一\n二") == "System prompt: 一\n二\n\n"
-    assert say(chat, capsys, f"/save {path}", "/save") == f"2 rounds are in {path}.\n" * 2 + "\n"
+    assert say(chat, capsys, f"/save {path}", "/save") == f"2 rounds in {path}\n" * 2 + "\n"
     other = make_chat()
     assert say(other, capsys, f"/save {path}") == f"{path} exists: give another name.\n\n"
-    assert say(other, capsys, f"/load {path}", "/history") == f"2 rounds from {path}.\n" + say(chat, capsys, "/history")
+    assert say(other, capsys, f"/load {path}", "/history") == f"2 rounds from {path}\n" + say(chat, capsys, "/history")
     assert other.conversation.system == "一\n二" and other.conversation.history == chat.conversation.history
     path.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "robot", "content": "!"}]}')
     assert "messages[1]: the role 'robot'" in say(chat, capsys, f"/load {path}")
@@ -184,9 +184,9 @@ def test_oldest_rounds_are_dropped(make_chat, capsys):
     """When the context is full, the oldest rounds go, with a word; a message that never fits drops none."""
     chat = make_chat("--max-length", "200", "--max-new-tokens", "30")
     shown, number = "", 0
-    while "were dropped" not in shown:
+    while "dropped" not in shown:
         shown, number = say(chat, capsys, "你好"), number + 1
-    dropped = int(re.search(r"the oldest (\d+) rounds were dropped", shown)[1])
+    dropped = int(re.search(r"the oldest (\d+) rounds? dropped", shown)[1])
     assert len(chat.conversation.history) == number - dropped and 0 < dropped < number
     assert chat.conversation.context <= 100
     before = chat.conversation.history
@@ -242,3 +242,16 @@ def test_a_closed_pipe_ends_the_program():
         process.stdin.write("你好\n".encode())
         process.stdin.close()
         assert process.stderr.read() == b"" and process.wait(timeout=60) == -signal.SIGPIPE
+
+
+def test_the_page_shows_a_real_session(make_chat, capsys, tmp_path, monkeypatch):
+    """The session in docs/serving.md is what the program shows."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split("<!-- terminal:")[1]
+    shown = page.split("```console\n")[1].split("```")[0].split("\n", 1)[1]
+    monkeypatch.chdir(tmp_path)
+    chat = make_chat()
+    for turn in shown[len("> ") :].split("\n> "):
+        typed, _, answer = turn.partition("\n")
+        chat.take(typed)
+        assert capsys.readouterr().out.strip() == answer.strip()
+    assert not chat.running
