@@ -15,7 +15,56 @@ from .attention_chatglm import KEYWORDS, causal_mask
 from .checkpoint_chatglm import shorten
 from .family_chatglm import PLACEHOLDER, Roles, with_date
 from .streaming_chatglm import stream
-from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, is_static, take_cache
+from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, drafts, is_static, take_cache
+
+# Drafts: tokens that a step checks instead of computing them one by one
+
+
+class PromptLookup:
+    """Drafts what followed the last three tokens where they stood before, in the prompt or in the answer.
+
+    `generate(prompt_lookup_num_tokens=most)` uses it instead of transformers' own, which drafts at every step. This one
+    counts how often a look-up is right, also while it drafts nothing. A draft is as long as its last token is more
+    likely right than wrong: at best `most` tokens, and none in a text without repetitions.
+    """
+
+    requires_model_outputs = False
+    TOKENS = 3  # that must be the same
+    RATE = 0.25  # weight of the newest look-up in the mean
+
+    def __init__(self, most, longest, eos_token_ids):
+        self.most, self.longest, self.eos_token_ids = most, longest, eos_token_ids
+        self.ids, self.place_after = [], {}  # the last tokens -> where the next one stands
+        self.place, self.right = None, 0.0  # of what is expected next; how likely it comes
+
+    def get_candidates(self, input_ids, **kwargs):
+        """Return input_ids, int [1, T], with a draft at the end; and None for its logits."""
+        for token in input_ids[0, len(self.ids) :].tolist():
+            self._add(token)
+        return torch.cat((input_ids, input_ids.new_tensor([self._draft()], dtype=torch.long)), dim=1), None
+
+    def update_candidate_strategy(self, *args, **kwargs):
+        """get_candidates sees by itself what became of the last draft."""
+
+    def _add(self, token):
+        if self.place is not None:
+            hit = self.ids[self.place] == token
+            self.right += self.RATE * (hit - self.right)
+            self.place = self.place + 1 if hit else None
+        self.ids.append(token)
+        last = tuple(self.ids[-self.TOKENS :])
+        if self.place is None:
+            self.place = self.place_after.get(last)
+        self.place_after[last] = len(self.ids)
+
+    def _draft(self):
+        if self.place is None or self.right < 0.5:
+            return []
+        length = int(math.log(0.5) / math.log(min(self.right, 0.99)))  # right ** length >= 0.5
+        length = min(length, self.most, self.longest - len(self.ids) - 1)
+        draft = self.ids[self.place : self.place + max(length, 0)]
+        return draft[: next((i for i, token in enumerate(draft) if token in self.eos_token_ids), len(draft))]
+
 
 # keyword arguments that `generate` passes to `forward`, besides those of the attention
 FORWARDED = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
@@ -97,7 +146,8 @@ class ChatMixin:
             max_history_tokens: drop the oldest rounds from the prompt until the rest has at most this many tokens.
             system: instructions for the whole conversation, in front of its first round.
             role: for ChatGLM3: "observation" if `query` is what a tool returned, "system" for instructions.
-            **kwargs: passed to `generate`.
+            **kwargs: passed to `generate`. `prompt_lookup_num_tokens=10` saves steps where an answer repeats parts of
+                the conversation (see PromptLookup).
 
         Returns:
             The response, and a new list: the history with (query, response), for ChatGLM3 with both messages. Where
@@ -143,7 +193,9 @@ class ChatMixin:
         elif max_history_tokens is not None:
             raise ValueError("max_history_tokens cannot drop rounds from a cache: pass it or past_key_values.")
         else:
-            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values, role)
+            drafted = drafts(kwargs, kwargs.get("generation_config") or self.generation_config)
+            seen = tokenizer.conversation.prompt(tokenizer, "", history, system=system) if drafted else []
+            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values, role, seen)
         prompt_length = inputs["input_ids"].shape[1]
         sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
@@ -157,12 +209,13 @@ class ChatMixin:
 
         shown, text = None, ""
         try:
-            for ids in self.stream_generate(**inputs, **settings):
-                text = tokenizer.answer(ids[0, prompt_length:].tolist())
-                known = output(without_partial_placeholder(text))
-                if known[0] and known != shown and not tokenizer.conversation.is_undecided(text, history):
-                    shown = known
-                    yield known
+            with contextlib.closing(self.stream_generate(**inputs, **settings)) as steps:
+                for ids in steps:
+                    text = tokenizer.answer(ids[0, prompt_length:].tolist())
+                    known = output(without_partial_placeholder(text))
+                    if known[0] and known != shown and not tokenizer.conversation.is_undecided(text, history):
+                        shown = known
+                        yield known
         except BaseException:
             if not shown and cache is not None and cache.get_seq_length() > held:
                 crop_cache(cache, cache.get_seq_length() - held)
@@ -214,10 +267,15 @@ class ChatMixin:
             rounds = rounds[1:]
         return kept + sum(rounds, [])
 
-    def _next_round_inputs(self, tokenizer, query, history, past_key_values, role):
-        """Inputs of a new round after the cache. `generate` needs ids for cached tokens too, but never reads them."""
+    def _next_round_inputs(self, tokenizer, query, history, past_key_values, role, seen):
+        """Inputs of a new round after the cache.
+
+        `generate` needs ids for cached tokens, too, but only drafts read them: those `seen`, or zeros.
+        """
         new = self.build_stream_inputs(tokenizer, query, history, role)["input_ids"]
-        input_ids = F.pad(new, (self.transformer.count_cached_tokens(past_key_values), 0))
+        held = self.transformer.count_cached_tokens(past_key_values)
+        past = new.new_tensor([seen[-held:]], dtype=torch.long)
+        input_ids = F.pad(torch.cat((past, new), dim=1), (held - past.shape[1], 0))
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def _chat_settings(self, tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs):
@@ -337,11 +395,30 @@ class ChatMixin:
             cache=cache,
             **kwargs,
         )
-        with contextlib.closing(stream(generate, self._input_device())) as steps:
-            ids = next(steps).to(input_ids.device)
-            for step in steps:
-                ids = torch.cat((ids, step.to(ids.device).view(len(ids), -1)), dim=1)
-                yield (ids, cache) if return_past_key_values else ids
+        ids = input_ids
+        try:
+            with contextlib.closing(stream(generate, self._input_device())) as steps:
+                ids = next(steps).to(input_ids.device)
+                for step in steps:
+                    ids = torch.cat((ids, step.to(ids.device).view(len(ids), -1)), dim=1)
+                    yield (ids, cache) if return_past_key_values else ids
+        finally:  # between two steps the cache holds a draft of which the model has refused the end
+            if cache is not None and drafts(kwargs, generation_config or self.generation_config):
+                surplus = self.transformer.count_cached_tokens(cache) - ids.shape[1] + 1
+                if surplus > 0:
+                    crop_cache(cache, surplus)
+
+    def _get_candidate_generator(self, generation_config, input_ids, model_kwargs, **kwargs):
+        """Draft by PromptLookup where `prompt_lookup_num_tokens` asks for drafts without a model."""
+        given = {"generation_config": generation_config, "input_ids": input_ids, "model_kwargs": model_kwargs}
+        generator = super()._get_candidate_generator(**given, **kwargs)
+        if model_kwargs.get("attention_mask") is None:  # else releases from 5.23 on encode cached tokens once more
+            model_kwargs["attention_mask"] = torch.ones_like(input_ids)
+        if not hasattr(generator, "num_output_tokens"):
+            return generator
+        ends = generation_config.eos_token_id
+        ends = set() if ends is None else set(torch.as_tensor(ends).flatten().tolist())
+        return PromptLookup(generator.num_output_tokens, generation_config.max_length, ends)
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, cache=None, position_ids=None,
@@ -389,7 +466,8 @@ class ChatMixin:
             places, alone = position_ids.shape[1], new == input_ids.shape[1] and not embedded
             fits = total is None or places == total or (places == new and alone)
             position_ids = position_ids[:, -new:] if fits and not self.config.pre_seq_len else None
-        if masked and KEEPS_EMPTY_MASKS and attention_mask.all():  # these releases wait for the GPU anyway
+        waits = KEEPS_EMPTY_MASKS or is_first_iteration is not None  # these releases and assisted decoding read the GPU
+        if masked and waits and attention_mask.all():
             attention_mask = None  # attention without a mask is faster
         if is_static(cache):  # same shapes and strides at every step: compiled once
             x = torch.empty(input_ids.shape[0], new, 0, dtype=self.dtype, device=input_ids.device)
