@@ -67,13 +67,20 @@ def model_parser(description):
         choices=["auto", *DTYPES],
         help="auto: float16, as released; bfloat16 on a CPU, if not quantized",
     )
-    add("--quantize", type=int, default=0, choices=[0, 4, 8], help="quantize the weights to this many bits")
+    add(
+        "--quantize",
+        type=int,
+        default=0,
+        choices=[0, 4, 8],
+        help="quantize the weights to this many bits; for a chat on a CPU embedding and output layer, too, to int8",
+    )
     return parser
 
 
 def chat_parser(description):
     """`model_parser` with the sampling options."""
     parser = model_parser(description)
+    parser.set_defaults(head=True)
     add = parser.add_argument
     add("--save", metavar="FOLDER", help="keep the quantized weights in this new folder, to be started from later")
     add("--max-new-tokens", type=SETTINGS["max_new_tokens"], help="maximum length of an answer (default: what fits)")
@@ -112,7 +119,8 @@ def load(args):
     if folder is not None:
         check_save(args)
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype, args.quantize, args.checkpoint)
+    head = bool(args.quantize) and device.type == "cpu" and getattr(args, "head", False)
+    model = load_model(args.model, dtype, args.quantize, args.checkpoint, head)
     if folder is not None:
         save(model, tokenizer, folder)
     return model.to(device).eval(), tokenizer
