@@ -37,8 +37,8 @@ def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
 def serves(x: Tensor) -> bool:
     """Whether the C code may compute on x: it has no gradient, and torch's dispatcher does not see it."""
     return (
-        not (torch.is_grad_enabled() or needs_dispatch(x))
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
+        and not (torch.is_grad_enabled() or needs_dispatch(x))
         and x.dtype in TYPES
         and x.numel() > 0
         and load_library()[0] is not None
