@@ -57,7 +57,7 @@ class Conversation:
 
     def answer(self, query):
         """Yield the answer piece by piece. If the iterator is closed early, the history keeps what was yielded."""
-        self.before, self.first, self.rate = self._cached(), None, None
+        before, self.first, self.rate = self._cached(), None, None
         start, shown, history = time.monotonic(), "", self.history
         steps = self.model.stream_chat(
             self.tokenizer,
@@ -71,7 +71,7 @@ class Conversation:
         )
         with closing(steps):
             for text, self.history, self.cache in steps:
-                now = time.monotonic()
+                now, self.before = time.monotonic(), before
                 if self.first is None:
                     self.first, counted, begun = now - start, self.context, now
                 elif now > begun:

@@ -176,6 +176,8 @@ def test_regenerate_encodes_only_the_round(make_chat, capsys, tiny_model):
     with contextlib.closing(chat.conversation.answer_again()) as pieces:
         next(pieces)
     assert len(chat.conversation.history) == 2
+    say(chat, capsys, "早上好" * 9999)  # too long
+    assert say(chat, capsys, "/regenerate") == answer
     chat.conversation.restart(history, "")
     assert say(chat, capsys, "/regenerate") == answer
 
