@@ -84,6 +84,11 @@ def chat_parser(description):
     add = parser.add_argument
     add("--save", metavar="FOLDER", help="keep the quantized weights in this new folder, to be started from later")
     add("--max-new-tokens", type=SETTINGS["max_new_tokens"], help="maximum length of an answer (default: what fits)")
+    add(
+        "--prompt-lookup",
+        action="store_true",
+        help="faster where an answer repeats the conversation, as in edits; the answers stay the same",
+    )
     add("--temperature", type=SETTINGS["temperature"], default=0.8, help="0 is greedy decoding (default: 0.8)")
     add(
         "--top-p", type=SETTINGS["top_p"], default=0.8, help="sample from the most likely tokens up to this probability"
@@ -96,7 +101,7 @@ def sampling(args):
     settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
-    if getattr(args, "prompt_lookup", False):
+    if args.prompt_lookup:
         settings["prompt_lookup_num_tokens"] = 10
     return settings
 
