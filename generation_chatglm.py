@@ -300,10 +300,10 @@ class ChatMixin:
             limit = self.config.seq_length
             settings["max_length"] = limit if max_length is None else min(max_length, limit)
             if prompt_length >= settings["max_length"]:
+                cure = f" or raise max_length up to {limit}" if settings["max_length"] < limit else ""
                 raise ValueError(
                     f"The prompt has {prompt_length} tokens, which leaves none for an answer: max_length={max_length}, "
-                    f"seq_length={self.config.seq_length}. Shorten the query, drop rounds with max_history_tokens, or "
-                    "raise max_length up to seq_length."
+                    f"seq_length={limit}. Shorten the query, drop old rounds (max_history_tokens){cure}."
                 )
         settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
         return settings
@@ -383,6 +383,8 @@ class ChatMixin:
         cache = take_cache(kwargs)
         if return_past_key_values and cache is None:
             cache = DynamicCache()
+        if (kwargs.get("num_beams") or getattr(generation_config, "num_beams", 1) or 1) > 1:
+            raise ValueError("Beams cannot be streamed: set num_beams=1, or use chat or generate.")
         if "streamer" in kwargs:
             raise ValueError("stream_generate does not take a streamer: iterate over it, or use generate.")
         generate = partial(

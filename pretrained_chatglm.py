@@ -10,7 +10,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .checkpoint_chatglm import check_names, quantization_changes, read_checkpoint
+from .checkpoint_chatglm import check_names, check_shapes, quantization_changes, read_checkpoint
 from .configuration_chatglm import ChatGLMConfig
 from .quantization import quantize
 from .quantization_loading import lay_out, missing_quantized_weights_error  # this registers quant_method "chatglm"
@@ -115,9 +115,16 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
             elif changes:
                 config = copy.deepcopy(config)
                 config.update(changes)
-        model, report = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, config=config, **kwargs
-        )
+        try:
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, config=config, **kwargs
+            )
+        except RuntimeError as error:
+            if "mismatch" in str(error) and tensors:
+                known.update(changes)
+                with torch.device("meta"):
+                    check_shapes(cls(known), tensors, error)
+            raise
         unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
         if unscaled:  # float weights, which most releases of transformers have truncated to int8
             raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from starting import importing
 
-with importing():
+with importing("chat"):
     import torch
     from checkpoints import TINY, held_in
     from conversation import Conversation
