@@ -180,7 +180,7 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         offload: keep the inputs that recomputing needs in host memory. activation_checkpointing_kwargs: passed to
         torch.utils.checkpoint.checkpoint; the default is non-reentrant.
         """
-        options = activation_checkpointing_kwargs or {"use_reentrant": False}
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         for i, block in enumerate(self.base_model.encoder.layers):
             block.gradient_checkpointing = i % every_n_layers == 0
             block.checkpoint = partial(offloaded_checkpoint if offload else checkpoint, **options)
