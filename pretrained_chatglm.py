@@ -35,7 +35,7 @@ def offloaded_checkpoint(function, *args, **options):
 
 
 def as_device(device):
-    """torch.device(device), or None for None. Raises ValueError for what is no device."""
+    """torch.device(device), or None for None. Raises ValueError if it is not a device."""
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
