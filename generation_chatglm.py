@@ -294,9 +294,7 @@ class ChatMixin:
         if settings.get("stop_strings") or getattr(given, "stop_strings", None):
             settings["tokenizer"] = tokenizer
         new = given.max_new_tokens if kwargs.get("max_new_tokens") is None else kwargs["max_new_tokens"]
-        if new is not None:
-            self._check_room(prompt_length, new)
-        elif "generation_config" not in kwargs:
+        if new is None and "generation_config" not in kwargs:
             limit = self.config.seq_length
             settings["max_length"] = limit if max_length is None else min(max_length, limit)
             if prompt_length >= settings["max_length"]:
@@ -375,11 +373,8 @@ class ChatMixin:
         `return_past_key_values` it yields (ids, cache).
 
         Raises:
-            ValueError: prompt and `max_new_tokens` exceed `seq_length`; beam search, which cannot be streamed; and as
-                `generate`.
+            ValueError: beam search, which cannot be streamed; and as `generate`.
         """
-        new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
-        self._check_room(input_ids.shape[1], new or 1)
         cache = take_cache(kwargs)
         if return_past_key_values and cache is None:
             cache = DynamicCache()

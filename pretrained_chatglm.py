@@ -35,7 +35,7 @@ def offloaded_checkpoint(function, *args, **options):
 
 
 def as_device(device):
-    """torch.device(device), or None for None. Raises ValueError for what is no device."""
+    """torch.device(device), or None for None. Raises ValueError if it is not a device."""
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -187,7 +187,7 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         offload: keep the inputs that recomputing needs in host memory. activation_checkpointing_kwargs: passed to
         torch.utils.checkpoint.checkpoint; the default is non-reentrant.
         """
-        options = activation_checkpointing_kwargs or {"use_reentrant": False}
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         for i, block in enumerate(self.base_model.encoder.layers):
             block.gradient_checkpointing = i % every_n_layers == 0
             block.checkpoint = partial(offloaded_checkpoint if offload else checkpoint, **options)
