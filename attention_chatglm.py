@@ -2,7 +2,7 @@
 
 Shapes: B batch size, T new tokens, S cached and new tokens, H query heads, G key/value groups, D head size.
 
-`eager` and `sdpa` are implemented here, with their mask; on a CPU `sdpa` is the C code of attention_cpu, where that
+`eager` and `sdpa` are implemented here, with their mask; on a CPU `sdpa` is the C code of inference_cpu, where that
 serves. Any other `attn_implementation`, and its mask, comes from transformers.
 """
 
@@ -11,8 +11,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .attention_cpu import attention as cpu_attention
-from .attention_cpu import supports as supported_on_cpu
+from .inference_cpu import attention as cpu_attention
+from .inference_cpu import computes_attention
 from .torch_compat import is_compiling
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
@@ -114,7 +114,7 @@ def choose_attention(config, x, attention_mask, paged=False, training=False, out
         )
     if output_attentions:
         return eager_attention
-    if name == "sdpa" and not (paged or dropout) and supported_on_cpu(config.kv_channels, x, attention_mask):
+    if name == "sdpa" and not (paged or dropout) and computes_attention(config.kv_channels, x, attention_mask):
         return cpu_attention
     return (None if paged else OWN_ATTENTION.get(name)) or ALL_ATTENTION_FUNCTIONS[name]
 

@@ -4,8 +4,6 @@ import contextlib
 import contextvars
 import copy
 import math
-import queue
-import threading
 import warnings
 from functools import partial
 
@@ -16,91 +14,56 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from .attention_chatglm import KEYWORDS, causal_mask
 from .checkpoint_chatglm import shorten
 from .family_chatglm import PLACEHOLDER, Roles, with_date
-from .torch_compat import autocast_dtype
-from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, is_static, take_cache
+from .streaming_chatglm import stream
+from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, drafts, is_static, take_cache
 
-# Streaming: from the streamer that generate calls to an iterator
-
-
-class Closed(Exception):
-    """The consumer of a stream is gone; raised inside `generate` to stop it."""
+# Drafts: tokens that a step checks instead of computing them one by one
 
 
-class StepStreamer:
-    """Passes on what `generate` puts, and pauses it until the consumer asks for more.
+class PromptLookup:
+    """Drafts what followed the last three tokens where they stood before, in the prompt or in the answer.
 
-    Both directions use SimpleQueue: unlike a Semaphore, it cannot be left locked by a Ctrl-C at the wrong moment.
+    `generate(prompt_lookup_num_tokens=most)` uses it instead of transformers' own, which drafts at every step. This one
+    counts how often a look-up is right, also while it drafts nothing. A draft is as long as its last token is more
+    likely right than wrong: at best `most` tokens, and none in a text without repetitions.
     """
 
-    def __init__(self):
-        self.outbox = queue.SimpleQueue()
-        self.wanted = queue.SimpleQueue()  # True: go on; False: the consumer is gone
+    requires_model_outputs = False
+    TOKENS = 3  # that must be the same
+    RATE = 0.25  # weight of the newest look-up in the mean
 
-    def wait(self):
-        if not self.wanted.get():
-            raise Closed
+    def __init__(self, most, longest, eos_token_ids):
+        self.most, self.longest, self.eos_token_ids = most, longest, eos_token_ids
+        self.ids, self.place_after = [], {}  # the last tokens -> where the next one stands
+        self.place, self.right = None, 0.0  # of what is expected next; how likely it comes
 
-    def put(self, value):
-        self.outbox.put(value)
-        self.wait()
+    def get_candidates(self, input_ids, **kwargs):
+        """Return input_ids, int [1, T], with a draft at the end; and None for its logits."""
+        for token in input_ids[0, len(self.ids) :].tolist():
+            self._add(token)
+        return torch.cat((input_ids, input_ids.new_tensor([self._draft()], dtype=torch.long)), dim=1), None
 
-    def end(self):
-        """Nothing to flush: `stream` detects the end itself."""
+    def update_candidate_strategy(self, *args, **kwargs):
+        """get_candidates sees by itself what became of the last draft."""
 
+    def _add(self, token):
+        if self.place is not None:
+            hit = self.ids[self.place] == token
+            self.right += self.RATE * (hit - self.right)
+            self.place = self.place + 1 if hit else None
+        self.ids.append(token)
+        last = tuple(self.ids[-self.TOKENS :])
+        if self.place is None:
+            self.place = self.place_after.get(last)
+        self.place_after[last] = len(self.ids)
 
-def stream(generate, device):
-    """Iterate over what `generate(streamer=...)` puts: the prompt's ids [B, T], then the ids of each step.
-
-    `generate` runs in its own thread and takes turns with the consumer: never both at once. Closing the iterator, or a
-    Ctrl-C at any point, ends the thread after the current step. An exception in the thread is raised in the consumer.
-    """
-    streamer, finished = StepStreamer(), object()
-    inherited = thread_state(device)
-
-    def work():
-        try:
-            streamer.wait()
-            with inherited():
-                generate(streamer=streamer)
-        except Closed:
-            return
-        except BaseException as error:
-            streamer.outbox.put(error)
-        else:
-            streamer.outbox.put(finished)
-
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
-    try:
-        thread.start()
-        while True:
-            streamer.wanted.put(True)
-            item = streamer.outbox.get()
-            if item is finished:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        streamer.wanted.put(False)
-        if thread.is_alive():  # False if start() itself was interrupted
-            thread.join()
-
-
-def thread_state(device):
-    """Capture what torch keeps per thread: inference mode, autocast, the CUDA device and stream."""
-    dtype, inference = autocast_dtype(device.type), torch.is_inference_mode_enabled()
-    cuda_stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    @contextlib.contextmanager
-    def inherited():
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(inference))
-            stack.enter_context(torch.cuda.stream(cuda_stream))
-            if dtype is not None:
-                stack.enter_context(torch.autocast(device.type, dtype=dtype))
-            yield
-
-    return inherited
+    def _draft(self):
+        if self.place is None or self.right < 0.5:
+            return []
+        length = int(math.log(0.5) / math.log(min(self.right, 0.99)))  # right ** length >= 0.5
+        length = min(length, self.most, self.longest - len(self.ids) - 1)
+        draft = self.ids[self.place : self.place + max(length, 0)]
+        return draft[: next((i for i, token in enumerate(draft) if token in self.eos_token_ids), len(draft))]
 
 
 # keyword arguments that `generate` passes to `forward`, besides those of the attention
@@ -120,29 +83,27 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
 class ScoreCheck(LogitsProcessor):
     """Ends a generation where nan has replaced all scores of a row, as damaged weights do: they would choose noise.
 
-    The result of a step stays on its device. It is read in the first step, in every 32nd, and by `report` at the end.
+    nan stays: it is in the cache from then on. So only the first step, every 32nd and the last are looked at.
     """
 
     def __init__(self, model):
-        self.model, self.steps, self.worst, self.warned = model, 0, None, False
+        self.model, self.steps, self.scores, self.warned = model, 0, None, False
 
     def __call__(self, input_ids, scores):
-        best = scores.amax(dim=-1)  # nan if any score is; -inf among them is how processors exclude a token
-        numbers = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-        lost = best.isnan() & (numbers.amax(dim=-1) == -math.inf)
-        level = (~(best < math.inf)).any().int() + lost.any().int()
-        self.worst = level if self.worst is None else torch.maximum(self.worst, level)
+        self.scores = scores
         if self.steps % 32 == 0:
             self.report()
         self.steps += 1
         return scores
 
     def report(self):
-        """Raise ValueError if all scores of a row were nan; warn once of single ones."""
-        worst = 0 if self.worst is None else self.worst.item()
-        if worst == 2:
+        """Raise ValueError if all scores of a row are nan; warn once of single ones. -inf excludes a token."""
+        if self.scores is None or bool((self.scores.amax(dim=-1) < math.inf).all()):  # nan is not less, either
+            return
+        numbers = self.scores.nan_to_num(nan=-math.inf, posinf=math.inf)
+        if (self.scores.isnan().any(-1) & (numbers.amax(dim=-1) == -math.inf)).any():
             raise nan_scores_error(self.model)
-        if worst == 1 and not self.warned:
+        if not self.warned:
             self.warned = True
             warnings.warn("some scores are nan or inf; chat makes them finite and goes on", stacklevel=2)
 
@@ -167,21 +128,9 @@ class ChatMixin:
     # Chat
 
     def chat(
-        self,
-        tokenizer,
-        query,
-        history=None,
-        max_length=8192,
-        num_beams=1,
-        do_sample=True,
-        top_p=0.8,
-        temperature=0.8,
-        logits_processor=None,
-        max_history_tokens=None,
-        system=None,
-        role="user",
-        **kwargs,
-    ):
+        self, tokenizer, query, history=None, max_length=8192, num_beams=1, do_sample=True, top_p=0.8,
+        temperature=0.8, logits_processor=None, max_history_tokens=None, system=None, role="user", **kwargs,
+    ):  # fmt: skip
         """Answer `query`.
 
         Args:
@@ -197,7 +146,8 @@ class ChatMixin:
             max_history_tokens: drop the oldest rounds from the prompt until the rest has at most this many tokens.
             system: instructions for the whole conversation, in front of its first round.
             role: for ChatGLM3: "observation" if `query` is what a tool returned, "system" for instructions.
-            **kwargs: passed to `generate`.
+            **kwargs: passed to `generate`. `prompt_lookup_num_tokens=10` saves steps where an answer repeats parts of
+                the conversation (see PromptLookup).
 
         Returns:
             The response, and a new list: the history with (query, response), for ChatGLM3 with both messages. Where
@@ -219,22 +169,10 @@ class ChatMixin:
         return tokenizer.conversation.answered(self.process_response, tokenizer.answer(ids), query, history, role)
 
     def stream_chat(
-        self,
-        tokenizer,
-        query,
-        history=None,
-        past_key_values=None,
-        max_length=8192,
-        do_sample=True,
-        top_p=0.8,
-        temperature=0.8,
-        logits_processor=None,
-        return_past_key_values=False,
-        max_history_tokens=None,
-        system=None,
-        role="user",
-        **kwargs,
-    ):
+        self, tokenizer, query, history=None, past_key_values=None, max_length=8192, do_sample=True, top_p=0.8,
+        temperature=0.8, logits_processor=None, return_past_key_values=False, max_history_tokens=None, system=None,
+        role="user", **kwargs,
+    ):  # fmt: skip
         """Answer `query` step by step. Takes the arguments of `chat` and:
 
         Args:
@@ -255,7 +193,9 @@ class ChatMixin:
         elif max_history_tokens is not None:
             raise ValueError("max_history_tokens cannot drop rounds from a cache: pass it or past_key_values.")
         else:
-            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values, role)
+            drafted = drafts(kwargs, kwargs.get("generation_config") or self.generation_config)
+            seen = tokenizer.conversation.prompt(tokenizer, "", history, system=system) if drafted else []
+            inputs = self._next_round_inputs(tokenizer, query, history, past_key_values, role, seen)
         prompt_length = inputs["input_ids"].shape[1]
         sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
         settings = self._chat_settings(tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs)
@@ -269,12 +209,13 @@ class ChatMixin:
 
         shown, text = None, ""
         try:
-            for ids in self.stream_generate(**inputs, **settings):
-                text = tokenizer.answer(ids[0, prompt_length:].tolist())
-                known = output(without_partial_placeholder(text))
-                if known[0] and known != shown and not tokenizer.conversation.is_undecided(text, history):
-                    shown = known
-                    yield known
+            with contextlib.closing(self.stream_generate(**inputs, **settings)) as steps:
+                for ids in steps:
+                    text = tokenizer.answer(ids[0, prompt_length:].tolist())
+                    known = output(without_partial_placeholder(text))
+                    if known[0] and known != shown and not tokenizer.conversation.is_undecided(text, history):
+                        shown = known
+                        yield known
         except BaseException:
             if not shown and cache is not None and cache.get_seq_length() > held:
                 crop_cache(cache, cache.get_seq_length() - held)
@@ -326,10 +267,15 @@ class ChatMixin:
             rounds = rounds[1:]
         return kept + sum(rounds, [])
 
-    def _next_round_inputs(self, tokenizer, query, history, past_key_values, role):
-        """Inputs of a new round after the cache. `generate` needs ids for cached tokens too, but never reads them."""
+    def _next_round_inputs(self, tokenizer, query, history, past_key_values, role, seen):
+        """Inputs of a new round after the cache.
+
+        `generate` needs ids for cached tokens, too, but only drafts read them: those `seen`, or zeros.
+        """
         new = self.build_stream_inputs(tokenizer, query, history, role)["input_ids"]
-        input_ids = F.pad(new, (self.transformer.count_cached_tokens(past_key_values), 0))
+        held = self.transformer.count_cached_tokens(past_key_values)
+        past = new.new_tensor([seen[-held:]], dtype=torch.long)
+        input_ids = F.pad(torch.cat((past, new), dim=1), (held - past.shape[1], 0))
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def _chat_settings(self, tokenizer, prompt_length, max_length, sampling, logits_processor, kwargs):
@@ -420,15 +366,9 @@ class ChatMixin:
             )
 
     def stream_generate(
-        self,
-        input_ids,
-        generation_config=None,
-        logits_processor=None,
-        stopping_criteria=None,
-        prefix_allowed_tokens_fn=None,
-        return_past_key_values=False,
-        **kwargs,
-    ):
+        self, input_ids, generation_config=None, logits_processor=None, stopping_criteria=None,
+        prefix_allowed_tokens_fn=None, return_past_key_values=False, **kwargs,
+    ):  # fmt: skip
         """Run `generate` and yield the ids so far, int [B, T + step], after every step.
 
         Takes the arguments of `generate`, with any batch size; finished rows are padded. With
@@ -455,25 +395,35 @@ class ChatMixin:
             cache=cache,
             **kwargs,
         )
-        with contextlib.closing(stream(generate, self._input_device())) as steps:
-            ids = next(steps).to(input_ids.device)
-            for step in steps:
-                ids = torch.cat((ids, step.to(ids.device).view(len(ids), -1)), dim=1)
-                yield (ids, cache) if return_past_key_values else ids
+        ids = input_ids
+        try:
+            with contextlib.closing(stream(generate, self._input_device())) as steps:
+                ids = next(steps).to(input_ids.device)
+                for step in steps:
+                    ids = torch.cat((ids, step.to(ids.device).view(len(ids), -1)), dim=1)
+                    yield (ids, cache) if return_past_key_values else ids
+        finally:  # between two steps the cache holds a draft of which the model has refused the end
+            if cache is not None and drafts(kwargs, generation_config or self.generation_config):
+                surplus = self.transformer.count_cached_tokens(cache) - ids.shape[1] + 1
+                if surplus > 0:
+                    crop_cache(cache, surplus)
+
+    def _get_candidate_generator(self, generation_config, input_ids, model_kwargs, **kwargs):
+        """Draft by PromptLookup where `prompt_lookup_num_tokens` asks for drafts without a model."""
+        given = {"generation_config": generation_config, "input_ids": input_ids, "model_kwargs": model_kwargs}
+        generator = super()._get_candidate_generator(**given, **kwargs)
+        if model_kwargs.get("attention_mask") is None:  # else releases from 5.23 on encode cached tokens once more
+            model_kwargs["attention_mask"] = torch.ones_like(input_ids)
+        if not hasattr(generator, "num_output_tokens"):
+            return generator
+        ends = generation_config.eos_token_id
+        ends = set() if ends is None else set(torch.as_tensor(ends).flatten().tolist())
+        return PromptLookup(generator.num_output_tokens, generation_config.max_length, ends)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        cache=None,
-        position_ids=None,
-        cache_position=None,
-        next_sequence_length=None,
-        is_first_iteration=None,
-        **kwargs,
-    ):
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, cache=None, position_ids=None,
+        cache_position=None, next_sequence_length=None, is_first_iteration=None, **kwargs,
+    ):  # fmt: skip
         """Prepare the arguments of `forward` for one step of `generate`.
 
         Args:
@@ -516,7 +466,8 @@ class ChatMixin:
             places, alone = position_ids.shape[1], new == input_ids.shape[1] and not embedded
             fits = total is None or places == total or (places == new and alone)
             position_ids = position_ids[:, -new:] if fits and not self.config.pre_seq_len else None
-        if masked and KEEPS_EMPTY_MASKS and attention_mask.all():  # these releases wait for the GPU anyway
+        waits = KEEPS_EMPTY_MASKS or is_first_iteration is not None  # these releases and assisted decoding read the GPU
+        if masked and waits and attention_mask.all():
             attention_mask = None  # attention without a mask is faster
         if is_static(cache):  # same shapes and strides at every step: compiled once
             x = torch.empty(input_ids.shape[0], new, 0, dtype=self.dtype, device=input_ids.device)

@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention_chatglm import causal_mask, check_arguments, choose_attention
 from .generation_chatglm import ChatMixin, InvalidScoreLogitsProcessor  # noqa: F401 (other code imports it from here)
+from .inference_cpu import rms_norm, rotate_in_c
 from .prefix_chatglm import PrefixEncoder
 from .pretrained_chatglm import ChatGLMPreTrainedModel, OriginalAttributes, checkpointed
 from .quantization import quantize
-from .torch_compat import is_compiling, rms_norm, without_cudnn_attention
+from .torch_compat import is_compiling, without_cudnn_attention
 from .transformers_compat import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -33,12 +34,12 @@ from .transformers_compat import (
 )
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
-    from .attention_cpu import supports  # noqa: F401
-    from .attention_cpu_source import source as attention_source  # noqa: F401
     from .c_library import load  # noqa: F401
+    from .chat_template_chatglm import ChatTemplateMixin  # noqa: F401
     from .checkpoint_chatglm import read_checkpoint  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
     from .family_chatglm import find_rope_ratio_type  # noqa: F401
+    from .inference_cpu_source import TILE  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
     from .quantization_cpu_source import source  # noqa: F401
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, n
     from .quantization_loading import ChatGLMQuantizer  # noqa: F401
     from .quantization_stock import linear as linear_stock  # noqa: F401
     from .quantization_triton import linear as linear_triton  # noqa: F401
+    from .streaming_chatglm import stream  # noqa: F401
 
 # Rotary position embedding (Su et al., 2021, arXiv:2104.09864), over the first half of a head's channels
 
@@ -67,6 +69,7 @@ def rotary_cos_sin(config, position_ids):
     return angles.cos(), angles.sin()
 
 
+@rotate_in_c
 def rotate(x, cos, sin):
     """Rotate the channel pairs (2i, 2i + 1) in the first half of each head; the second half is unchanged."""
     rotated, unchanged = x.chunk(2, dim=-1)  # (B, T, heads, R) each

@@ -89,21 +89,23 @@ def release_pages(weight):
     """
     if weight.device.type != "cpu" or sys.platform != "linux" or not weight.is_contiguous():
         return
-    begin = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = weight.data_ptr() + weight.numel() * weight.element_size() - begin
-    if size > 0 and is_file(begin, begin + size):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    first = -(-weight.data_ptr() // mmap.PAGESIZE)
+    count = (weight.data_ptr() + weight.numel() * weight.element_size()) // mmap.PAGESIZE - first
+    if count > 0 and are_file_pages(first, count):
+        begin, size = ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t(count * mmap.PAGESIZE)
+        ctypes.CDLL(None).madvise(begin, size, mmap.MADV_DONTNEED)
 
 
-def is_file(begin, end):
-    """Whether these addresses are a mapped file, whose pages can be dropped without loss."""
-    with open("/proc/self/maps") as maps:
-        for line in maps:  # 7f0000000000-7f0000001000 r--p 00000000 08:01 1234 /path
-            addresses, _, _, _, inode, *_ = line.split()
-            first, last = (int(address, 16) for address in addresses.split("-"))
-            if first <= begin < last:
-                return end <= last and inode != "0"
-    return False
+def are_file_pages(first, count):
+    """Whether these pages of memory hold a file's bytes or nothing yet, and not what this process has written."""
+    try:
+        with open("/proc/self/pagemap", "rb") as pagemap:
+            pagemap.seek(8 * first)
+            pages = torch.frombuffer(bytearray(pagemap.read(8 * count)), dtype=torch.int64)
+    except OSError:  # not shown in every container
+        return False
+    present, swapped, of_file = pages < 0, pages >> 62 & 1, pages >> 61 & 1
+    return len(pages) == count and not (swapped.bool() | (present & (of_file == 0))).any()
 
 
 register_quantization("chatglm", ChatGLMQuantizationConfig, ChatGLMQuantizer)

@@ -153,8 +153,10 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, *args, **kwargs):
         """Remove the last tokens. Tensors returned earlier stay unchanged: the next update allocates a new buffer."""
+        before = getattr(self, "keys", None)
         super().crop(*args, **kwargs)
-        self.key_buffer = self.value_buffer = None
+        if self.keys is not before:  # assisted decoding crops after every step, mostly nothing
+            self.key_buffer = self.value_buffer = None
 
 
 def append(held, buffer, new):
@@ -325,6 +327,12 @@ def as_dtype(name):
 # ---- generate -------------------------------------------------------------------------------------------------------
 
 
+def drafts(kwargs, generation_config):
+    """Whether these arguments of `generate` ask for assisted decoding."""
+    lookup = getattr(generation_config, "prompt_lookup_num_tokens", None)
+    return bool(kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens") or lookup)
+
+
 class LineStreamer:
     """Lets a TextStreamer keep the first space of a line, also of the first line behind a prompt that it skips.
 
@@ -362,10 +370,10 @@ class GenerationMixin(transformers.GenerationMixin):
             kwargs[CACHE] = cache
         if isinstance(kwargs.get("streamer"), transformers.TextStreamer):
             kwargs["streamer"] = LineStreamer(kwargs["streamer"])
-        if VERSION < (4, 49):  # compute logits only for the prompt's last token; delete with 4.49
-            drafted = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
-            if not (drafted or getattr(kwargs.get("generation_config"), "prompt_lookup_num_tokens", None)):
-                kwargs.setdefault("logits_to_keep", 1)
+        if VERSION < (4, 42) and kwargs.get("prompt_lookup_num_tokens"):  # delete with 4.42
+            raise ValueError("prompt_lookup_num_tokens needs transformers 4.42: upgrade, or leave it out.")
+        if VERSION < (4, 49) and not drafts(kwargs, kwargs.get("generation_config")):
+            kwargs.setdefault("logits_to_keep", 1)  # only for the prompt's last token; delete with 4.49
         output = super().generate(*args, **kwargs)
         if isinstance(output, torch.Tensor) or not hasattr(output, CACHE):
             return output

@@ -10,6 +10,7 @@
     python benchmarks loading       peak memory while a 12.5 GB checkpoint is quantized during loading
     python benchmarks start         from the command to the first and second token, on an int4 and a float16 folder
     python benchmarks footprint     memory of int4 and int8 at the 6.2B shapes, with a prompt and an answer
+    python benchmarks lookup        prompt lookup beside plain decoding, where an answer repeats its prompt or not
     python benchmarks quality       what int8, int4 and int4 in groups cost the tiny checkpoint's answers
     python benchmarks gpu           one prepared run on a GPU: correct, how fast, in how much memory
     python benchmarks sass          machine instructions that the GPU kernels spend on a byte of weights

@@ -21,7 +21,7 @@ from chatglm2 import c_library, quantization, quantization_cpu, quantization_for
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm2.transformers_compat import CACHE, grow_in_place  # noqa: F401
-from checkpoints import ROOT, TINY  # noqa: F401
+from checkpoints import ROOT, TINY, load_tokenizer  # noqa: F401
 from glm import glm_config, glm_state_dict
 
 RESULTS = ROOT / "benchmarks" / "results"

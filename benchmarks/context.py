@@ -46,13 +46,13 @@ def timer(work, own):
     from chatglm2 import attention_chatglm
 
     def time():
-        supports = attention_chatglm.supported_on_cpu
+        supports = attention_chatglm.computes_attention
         if not own:
-            attention_chatglm.supported_on_cpu = lambda *_: False
+            attention_chatglm.computes_attention = lambda *_: False
         try:
             return seconds(work)
         finally:
-            attention_chatglm.supported_on_cpu = supports
+            attention_chatglm.computes_attention = supports
 
     return time
 

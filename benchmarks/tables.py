@@ -303,7 +303,9 @@ def starting(say, processor):
         version = "" if row["version"] == "after" else ", before"
         rows.append([name + version, *(row[key] for key in STARTED)])
     header = ["", "first sign, s", "prompt, s", "first token, s", "second, s", "longest silence, s", "peak, GB"]
-    return table(header, rows, records, "start", say)
+    ratios = [f"{ratio:g} times ({key[5:]})" for r in records for key, ratio in r["relative_to_read"].items()]
+    ratios = f" Quantizing while loading takes {', '.join(ratios)} as long as reading the files." if ratios else ""
+    return table(header, rows, records, "start", say) + ratios
 
 
 STARTED = ("sign", "prompt", "first_token", "second_token", "silence", "peak_gb")

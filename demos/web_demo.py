@@ -209,6 +209,7 @@ def build(sessions, args):
 
     def forget(request: gr.Request):
         sessions.drop(request.session_hash)
+        return ""
 
     with gr.Blocks(title="ChatGLM2", analytics_enabled=False, fill_height=True) as page:
         chatbot = gr.Chatbot(
@@ -264,7 +265,7 @@ def build(sessions, args):
             event.failure(ready, cleared, state, **hidden)
         box.stop(None, cancels=answers)
         chatbot.clear(None, None, cleared, js="() => true", cancels=answers)
-        chatbot.clear(forget, **hidden)
+        chatbot.clear(forget, None, status, **hidden)
         save.click(None, [chatbot, system], js=EXPORT)
         read.click(load, read_text, [chatbot, system], js=IMPORT, **hidden)
         page.unload(forget)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from checkpoints import ROOT, load_config, load_tokenizer
+from gguf_converter import BLOCK
 from glm import refusals
 
 REPOSITORY = "THUDM/chatglm3-6b"
@@ -29,11 +30,11 @@ def gguf_refusals(config):
     problems = refusals(config)
     if not config.multi_query_attention:
         problems.append("multi_query_attention=False: the converter reads query, key and value in another order.")
-    if config.quantization_bit:
-        problems.append(
-            f"quantization_bit={config.quantization_bit}: the converter reads floats. Convert the float checkpoint "
-            "and use llama-quantize."
-        )
+    group_size = config.quantization_options.get("group_size")
+    if group_size and group_size % BLOCK:
+        problems.append(f"group_size={group_size}: GGUF has one scale for {BLOCK} weights. Use a multiple of {BLOCK}.")
+    if config.quantization_bit and (config.hidden_size % BLOCK or config.ffn_hidden_size % BLOCK):
+        problems.append(f"hidden_size and ffn_hidden_size must be multiples of {BLOCK} for quantized weights.")
     if config.kv_channels * config.num_attention_heads != config.hidden_size:
         problems.append(f"kv_channels={config.kv_channels}: the converter uses hidden_size / num_attention_heads.")
     return problems
@@ -46,6 +47,7 @@ def write_source(source, folder, config, template):
         (folder / path.name).symlink_to(path.resolve())
     auto_map = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))["auto_map"]
     values = {**config, "_name_or_path": REPOSITORY, "architectures": ["ChatGLMModel"], "auto_map": auto_map}
+    values["model_family"] = "chatglm2"  # as the converter's tokens are numbered; the name above says otherwise
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
@@ -80,7 +82,10 @@ def export(source, target, llama_cpp, outtype="auto"):
     unfinished = target.with_name(target.name + ".unfinished")
     with tempfile.TemporaryDirectory() as folder:
         write_source(source, Path(folder), values, template)
-        command = [sys.executable, str(converter), folder, "--outfile", str(unfinished), "--outtype", outtype]
+        if config.quantization_bit and outtype == "auto":
+            outtype = "f16"  # of what is not quantized
+        command = [sys.executable, str(Path(__file__).with_name("gguf_converter.py")), str(llama_cpp)]
+        command += [folder, "--outfile", str(unfinished), "--outtype", outtype]
         done = subprocess.run([*command, "--model-name", source.resolve().name], capture_output=True, text=True)
     if done.returncode or not unfinished.is_file():
         raise ValueError(f"{converter.name} failed:\n{done.stderr[-2000:]}")
@@ -99,7 +104,11 @@ def main(arguments=None):
     parser.add_argument("source", help="folder with ChatGLM2 weights, config.json and tokenizer.model")
     parser.add_argument("target", help="a new file")
     parser.add_argument("--llama-cpp", required=True, help="folder of llama.cpp's source")
-    parser.add_argument("--outtype", default="auto", help="f32, f16, bf16, q8_0, ... (default: that of the weights)")
+    parser.add_argument(
+        "--outtype",
+        default="auto",
+        help="f32, f16, bf16, q8_0, ... of float weights (default: theirs); int4 becomes Q4_0, int8 Q8_0",
+    )
     args = parser.parse_args(arguments)
     try:
         options = export(args.source, args.target, args.llama_cpp, args.outtype)

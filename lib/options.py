@@ -1,6 +1,7 @@
 """The command-line options about a model, and the model that they stand for; shared by the demos and the evaluation."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,13 +12,55 @@ from transformers.utils import logging
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind, accepts, expected):
+    """A type for argparse: a number that `accepts` is true of."""
+
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if accepts(value):
+                return value
+        raise argparse.ArgumentTypeError(f"give {expected}, not {text}")
+
+    return convert
+
+
+def switch(text):
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"give on or off, not {text}")
+    return text == "on"
+
+
+SETTINGS = {  # what can be changed between two answers, and its type
+    "temperature": number(float, lambda value: 0 <= value < float("inf"), "0 (greedy) or more"),
+    "top_p": number(float, lambda value: 0 < value <= 1, "more than 0 and at most 1"),
+    "max_new_tokens": number(int, lambda value: value >= 1, "1 or more"),
+    "prompt_lookup": switch,
+    "stats": switch,
+}
+
+
+def device(text):
+    try:
+        return text if text == "auto" else str(torch.device(text))
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"give auto, cpu, cuda, cuda:1 or mps, not {text}") from None
+
+
 def model_parser(description):
     """A parser of the options about the model: which weights, on which device, in which precision."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=str(TINY), help="folder with weights and tokenizer.model (default: the tiny checkpoint)")
     add("--checkpoint", help="folder with the LoRA adapter or P-Tuning prefix that was trained on these weights")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add(
         "--dtype",
         default="auto",
@@ -33,9 +76,11 @@ def chat_parser(description):
     parser = model_parser(description)
     add = parser.add_argument
     add("--save", metavar="FOLDER", help="keep the quantized weights in this new folder, to be started from later")
-    add("--max-new-tokens", type=int, help="maximum length of an answer (default: what fits)")
-    add("--temperature", type=float, default=0.8, help="0 is greedy decoding (default: 0.8)")
-    add("--top-p", type=float, default=0.8, help="sample from the most likely tokens up to this probability")
+    add("--max-new-tokens", type=SETTINGS["max_new_tokens"], help="maximum length of an answer (default: what fits)")
+    add("--temperature", type=SETTINGS["temperature"], default=0.8, help="0 is greedy decoding (default: 0.8)")
+    add(
+        "--top-p", type=SETTINGS["top_p"], default=0.8, help="sample from the most likely tokens up to this probability"
+    )
     return parser
 
 
@@ -44,6 +89,8 @@ def sampling(args):
     settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
+    if getattr(args, "prompt_lookup", False):
+        settings["prompt_lookup_num_tokens"] = 10
     return settings
 
 

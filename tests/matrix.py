@@ -32,7 +32,7 @@ OLDEST = "4.30"
 SHARED = ("torch", "numpy", "sentencepiece", "jinja2", "pytest", "hypothesis")
 CORE = ("golden", "configuration", "loading", "checkpoint_files", "pretrained", "model", "attention", "prefix")
 CORE += (
-    "attention_cpu",
+    "inference_cpu",
     "cache",
     "generation",
     "streaming",

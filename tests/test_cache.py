@@ -1,6 +1,7 @@
 """The cache that grows in place holds what transformers' own holds, whatever is done to it in between."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -124,6 +125,16 @@ def test_tensors_read_before_a_crop_are_unchanged(pair):
     growing.crop(-2)
     growing.update(torch.zeros(2, 2, 2, 4), torch.zeros(2, 2, 2, 4), 0)
     assert torch.equal(before, kept)
+
+
+def test_crop_of_nothing_keeps_the_buffer(pair):
+    """Assisted decoding crops after every step, mostly nothing: the next token is still written in place."""
+    _, growing = pair
+    feed(pair, 7, 0)
+    place = growing.layers[0].keys.data_ptr()
+    growing.crop(0 if "tokens_to_remove" in inspect.signature(DynamicCache.crop).parameters else 7)
+    growing.update(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 4), 0)
+    assert growing.get_seq_length() == 8 and growing.layers[0].keys.data_ptr() == place
 
 
 def test_dtypes_are_promoted(pair):

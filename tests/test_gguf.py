@@ -6,6 +6,7 @@ LLAMA_CPP is a folder of llama.cpp's source, for its converter; the server comes
 import json
 import os
 import shutil
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -116,6 +117,41 @@ def test_chat_prompts_match(ask, tokenizer):
         messages.append({"role": "assistant", "content": answer})
 
 
+QUANTIZED = [(4, {}), (8, {}), (4, {"group_size": 32}), (4, {"embedding": True, "output_layer": True})]
+
+
+@pytest.mark.parametrize("bits, options", QUANTIZED, ids=str)
+def test_quantized_weights_are_the_same_numbers(to_gguf, llama_cpp, serve, tokenizer, tmp_path, bits, options):
+    """int4 and int8 folders as Q4_0 and Q8_0: every weight as this package restores it, and its greedy ids."""
+    from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+    from chatglm2.quantization_format import dequantize_weight
+
+    model = ChatGLMForConditionalGeneration.from_pretrained(TINY).half().quantize(bits, **options)
+    model.save_pretrained(tmp_path / "source")
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "source")
+    to_gguf.export(tmp_path / "source", tmp_path / "tiny.gguf", llama_cpp)
+    sys.path.insert(0, str(Path(llama_cpp, "gguf-py")))
+    import gguf
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    names = {"attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense"}
+    names |= {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
+    state = model.state_dict()
+    for i in range(model.config.num_layers):
+        for theirs, ours in names.items():
+            name, tensor = f"transformer.encoder.layers.{i}.{ours}.weight", stored[f"blk.{i}.{theirs}.weight"]
+            assert tensor.tensor_type.name == {4: "Q4_0", 8: "Q8_0"}[bits]
+            want = dequantize_weight(state[name], state[name + "_scale"].float(), bits)
+            assert torch.equal(torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)), want), name
+    assert ("Q8_0" in stored["output.weight"].tensor_type.name) == bool(options.get("output_layer"))
+    ask, model = serve(tmp_path / "tiny.gguf"), model.float().eval()
+    same = 0
+    for rounds in dialogues()[::10]:
+        prompt = tokenizer.build_prompt(rounds[0][0])
+        same += completion(ask, tokenizer(prompt)["input_ids"]) == greedy(model, tokenizer, prompt)
+    assert same >= 19  # of 20: both round activations to int8, each in its own way
+
+
 @pytest.mark.parametrize("kind", ["linear", "base"])
 def test_longer_contexts(to_gguf, llama_cpp, serve, tiny_model, tokenizer, tmp_path, kind):
     """rope_ratio in both meanings: "base" is in the file, "linear" in the options that the export names."""
@@ -144,7 +180,11 @@ def test_longer_contexts(to_gguf, llama_cpp, serve, tiny_model, tokenizer, tmp_p
     "changes, message",
     [
         ({"multi_query_attention": False}, "multi_query_attention=False"),
-        ({"quantization_bit": 4}, "quantization_bit=4: the converter reads floats"),
+        (
+            {"quantization_bit": 4, "quantization_options": {"group_size": 48}},
+            "group_size=48: GGUF has one scale for 32",
+        ),
+        ({"quantization_bit": 8, "hidden_size": 40}, "must be multiples of 32 for quantized weights"),
         ({"kv_channels": 16}, "kv_channels=16"),
         ({"rmsnorm": False}, "rmsnorm=False"),
     ],

@@ -247,6 +247,25 @@ def test_calls_of_a_model_worker(make_model, tokenizer):
     assert isinstance(text, str) and steps[0].shape == (1, length + 1)
 
 
+def test_calls_of_a_training_template(tokenizer):
+    """LLaMA-Factory's way: special tokens by name, text by encode, a bos in front of every round if there is one."""
+
+    def encode(*elements):
+        ids = []
+        for element in elements:
+            if isinstance(element, dict):
+                ids.append(tokenizer.convert_tokens_to_ids(element["token"]))
+            else:
+                ids += tokenizer.encode(element, add_special_tokens=False)
+        return ids
+
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompt = bos + encode({"token": "[gMASK]"}, {"token": "sop"}, "[Round 1]\n\n问：你好\n\n答：")
+    assert prompt == tokenizer(tokenizer.build_prompt("你好"))["input_ids"]
+    assert encode("你好！") + [tokenizer.eos_token_id] == tokenizer.encode("你好！", add_special_tokens=False) + [2]
+    assert tokenizer.add_special_tokens({"additional_special_tokens": []}) == 0 and tokenizer.pad_token_id == 0
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_published_p_tuning_loop(make_model, tmp_path, projection):
     """Its trainer's way: checkpointing, inputs that require grad, only the prefix saved, and loaded by its names."""

@@ -146,7 +146,7 @@ def test_disconnected_client_frees_its_slot(client):
         with ask(client, "你好", stream=True, **ENDLESS) as stream:
             for _, _chunk in zip(range(60), stream):  # past the 23 tokens of the answer that it knows
                 pass
-            assert busy(client.process) > 0.2  # it goes on as long as someone listens
+            assert busy(client.process) > 0.1  # it goes on as long as someone listens
     end = time.monotonic() + 20
     while busy(client.process) > 0.1:
         assert time.monotonic() < end, "the server works on, with no one listening"

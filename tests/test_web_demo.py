@@ -236,6 +236,7 @@ def test_a_turn_encodes_only_itself(serve, open_chat):
     assert len(served.sessions.idle) == 2
     chat.press("Clear")
     until(lambda: len(served.sessions.idle) == 1, "Clear keeps the cache")
+    chat.wait_until(lambda: not chat.page.locator("#status").inner_text(), "Clear keeps the figures")
     other.page.close()
     until(lambda: not served.sessions.idle, "a closed page keeps its cache")
 

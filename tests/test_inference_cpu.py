@@ -1,4 +1,4 @@
-"""attention_cpu: the C code against `eager_attention`, within that one's own error, and when sdpa is the C code.
+"""inference_cpu: the C code against `eager_attention`, within that one's own error, and when sdpa is the C code.
 
 With address and undefined-behavior sanitizers over the C code: see CONTRIBUTING.md.
 """
@@ -9,14 +9,16 @@ import mmap
 
 import pytest
 import torch
-from chatglm2 import attention_chatglm, attention_cpu
+from chatglm2 import attention_chatglm, inference_cpu
 from chatglm2.attention_chatglm import choose_attention, eager_attention
+from chatglm2.modeling_chatglm import rotate
+from chatglm2.torch_compat import rms_norm
 from conftest import ANSWERS, c_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_helpers import CLOSE, GREEDY, logits, some_ids
 
-REASON = attention_cpu.load_library()[1]
+REASON = inference_cpu.load_library()[1]
 needs_compiled = pytest.mark.skipif(bool(REASON), reason=f"no compiled kernel: {REASON}")
 pytestmark = [needs_compiled, pytest.mark.usefixtures("without_gradients")]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,14 +32,14 @@ def without_gradients():
 
 @functools.lru_cache(None)
 def avx2():
-    return c_kernels("avx2", module=attention_cpu)
+    return c_kernels("avx2", module=inference_cpu)
 
 
 @pytest.fixture(params=["avx512 or avx2", "avx2"])
 def instructions(request, monkeypatch):
     if request.param == "avx2":
         loaded = avx2()
-        monkeypatch.setattr(attention_cpu, "load_library", lambda: loaded)
+        monkeypatch.setattr(inference_cpu, "load_library", lambda: loaded)
 
 
 class Module:
@@ -78,7 +80,7 @@ def relative_error(y, exact):
 def assert_as_exact_as_eager(query, key, value, mask=None):
     """At most half again as wrong, against float64, as eager attention is in the query's dtype."""
     scaling = query.shape[-1] ** -0.5
-    y, weights = attention_cpu.attention(Module, query, key, value, mask, scaling)
+    y, weights = inference_cpu.attention(Module, query, key, value, mask, scaling)
     assert weights is None and y.dtype == query.dtype and y.is_contiguous()
     exact, _ = eager_attention(Module, query.double(), key.double(), value.double(), mask, scaling)
     same = [t.to(query.dtype) for t in (key, value)]
@@ -99,7 +101,7 @@ def test_32768_tokens(instructions, dtype):
     """No nan, no loss of small weights: the error stays that of a short context."""
     assert_as_exact_as_eager(*tensors(1, 4, 1, 1, 32768, 64, dtype))
     query, key, value = tensors(1, 4, 1, 1, 32768, 64, dtype)
-    y, _ = attention_cpu.attention(Module, query * 100, key, torch.ones_like(value), None, 0.125)
+    y, _ = inference_cpu.attention(Module, query * 100, key, torch.ones_like(value), None, 0.125)
     torch.testing.assert_close(y, torch.ones_like(y))
 
 
@@ -137,16 +139,16 @@ def test_strides_and_masks(instructions):
     unused = [torch.cat((t, torch.full_like(t, float("nan"))), dim=2) for t in (key, value)]
     assert_as_exact_as_eager(query, *unused)
     channels_first = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (query, key, value)]
-    want, _ = attention_cpu.attention(Module, query, key, value, None, 0.25, is_causal=False)
+    want, _ = inference_cpu.attention(Module, query, key, value, None, 0.25, is_causal=False)
     all_keys = torch.ones(1, 1, 5, 5, dtype=torch.bool)
-    assert torch.equal(attention_cpu.attention(Module, *channels_first, all_keys, 0.25)[0], want)
+    assert torch.equal(inference_cpu.attention(Module, *channels_first, all_keys, 0.25)[0], want)
 
 
 def test_no_key_at_all_gives_zeros(instructions):
     query, key, value = tensors(1, 4, 2, 2, 9, 16, torch.float16)
     mask = torch.ones(1, 1, 2, 9, dtype=torch.bool)
     mask[0, 0, 1] = False
-    y, _ = attention_cpu.attention(Module, query, key, value, mask, 0.25)
+    y, _ = inference_cpu.attention(Module, query, key, value, mask, 0.25)
     assert not y[0, 1].any() and y[0, 0].all()
 
 
@@ -156,7 +158,7 @@ def test_nan_and_inf_propagate(instructions, bad):
     query, key, value = tensors(1, 4, 2, 3, 700, 16, torch.float32)
     mask = padding(1, 3, 700)
     key[0, 1, 698] = bad  # the second group's; the first token does not attend to it
-    y, _ = attention_cpu.attention(Module, query, key, value, mask, 0.25)
+    y, _ = inference_cpu.attention(Module, query, key, value, mask, 0.25)
     assert y[0, 0].isfinite().all() and y[0, :, :2].isfinite().all() and y[0, 1:, 2:].isnan().all()
 
 
@@ -166,11 +168,11 @@ def test_rows_do_not_depend_on_threads_or_on_other_tokens(instructions):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(attention_cpu.attention(Module, query, key, value, mask, 0.1)[0])
+            results.append(inference_cpu.attention(Module, query, key, value, mask, 0.1)[0])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    alone, _ = attention_cpu.attention(Module, query[:, :, 4:5], key, value, mask[:, :, 4:5], 0.1)
+    alone, _ = inference_cpu.attention(Module, query[:, :, 4:5], key, value, mask[:, :, 4:5], 0.1)
     assert torch.equal(alone, results[0][:, 4:5])
 
 
@@ -183,7 +185,7 @@ def counted(monkeypatch):
 
     def attention(*args, **kwargs):
         calls.append(1)
-        return attention_cpu.attention(*args, **kwargs)
+        return inference_cpu.attention(*args, **kwargs)
 
     monkeypatch.setattr(attention_chatglm, "cpu_attention", attention)
     return calls
@@ -239,5 +241,53 @@ def test_torch_computes_what_it_does_not(make_config, monkeypatch):
         config.kv_channels = size
         assert choose_attention(config, x, mask) is sdpa
     config.kv_channels = 16
-    monkeypatch.setattr(attention_cpu, "load_library", lambda: (None, "no compiler"))
+    monkeypatch.setattr(inference_cpu, "load_library", lambda: (None, "no compiler"))
     assert choose_attention(config, x, mask) is sdpa
+
+
+# What stands beside it
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, size", [(1, 1, 4096), (2, 3, 64), (3, 1, 37), (1, 5, 8)])
+def test_rms_norm_matches_torch(instructions, dtype, B, T, size):
+    """Exact but for one rounding, for rows of any length; with a weight of another dtype, too."""
+    x, weight = before_a_guard_page(torch.randn(B, T, size).to(dtype)), before_a_guard_page(torch.randn(size))
+    for w in (weight, weight.to(dtype)):
+        got, exact = inference_cpu.c_rms_norm(x, w.shape, w, 1e-5), rms_norm(x.double(), w.shape, w.double(), 1e-5)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, D", [(1, 1, 128), (2, 5, 16), (3, 1, 64)])
+@pytest.mark.parametrize("rows", ["one", "all"])
+def test_rotation_matches_torch(instructions, dtype, B, T, D, rows):
+    """The query and key of a wider tensor, with the angles of one row or of each."""
+    mixed = torch.randn(B, T, 9, D).to(dtype)
+    angles = before_a_guard_page(torch.randn(1 if rows == "one" else B, T, 1, D // 4) * 1000)
+    want = rotate.__wrapped__(mixed[:, :, :7], angles.cos(), angles.sin())
+    for x in (mixed[:, :, :7], mixed.transpose(0, 1).contiguous().transpose(0, 1)[:, :, :7]):
+        got = inference_cpu.c_rotate(x, angles.cos(), angles.sin())
+        torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        assert torch.equal(got[..., D // 2 :], want[..., D // 2 :])
+
+
+def test_plain_functions_compute_what_it_does_not(make_config, monkeypatch):
+    """With gradients, in float64, under torch.func, without a compiler; and the C code otherwise."""
+    calls = []
+    either = inference_cpu.in_c(lambda x: calls.append(1) or x, lambda x: x.shape[0] == 1)(lambda x: x)
+    x = torch.zeros(1, 2)
+    for other in (x.double(), x.to("meta"), torch.nn.Parameter(x), x[:, :0], torch.zeros(2, 2)):
+        either(other)
+    with torch.enable_grad():
+        either(x)
+    torch.func.vmap(either)(x[None])
+    with torch.autograd.forward_ad.dual_level():
+        either(torch.autograd.forward_ad.make_dual(x, x))
+    assert calls == []
+    either(x)
+    assert calls == [1]
+    monkeypatch.setattr(inference_cpu, "load_library", lambda: (None, "no compiler"))
+    either(x)
+    assert calls == [1]

@@ -1,9 +1,9 @@
-"""The C source of attention on a CPU: `source(instructions)` returns the whole file, for AVX512 or AVX2.
+"""The C source of `inference_cpu`: `source(instructions)` returns the whole file, for AVX512 or AVX2.
 
-A tile of keys is widened to float32 in the first-level cache. The lanes of a vector are query rows: the heads of a
-group for one token, then for the next. So the keys and values of a group are read once for all its heads, and a softmax
-takes no sums across lanes. Both products are the same loop: floats broadcast from memory times vectors, queries in the
-first product and values in the second.
+Attention: a tile of keys is widened to float32 in the first-level cache. The lanes of a vector are query rows: the
+heads of a group for one token, then for the next. So the keys and values of a group are read once for all its heads,
+and a softmax takes no sums across lanes. Both products are the same loop: floats broadcast from memory times vectors,
+queries in the first product and values in the second.
 
 The context is divided into stretches, which threads share. Each has a softmax of its own, as its largest score, its sum
 and its output, and one combine joins them.
@@ -21,13 +21,13 @@ enum { NONE, SOME, ALL };
 #define UNROLLED _Pragma("GCC unroll 16") for
 static const float LOWEST = -3.4028235e38f;
 
+int omp_get_thread_num(void);
+
 typedef struct {  // strides are in bytes
   long batch, tokens, keys, heads, groups, size;
   long q_batch, q_head, q_token, k_batch, k_group, k_token, v_batch, v_group, v_token, mask_batch, mask_token;
   long q_type, k_type, v_type, causal, stretches, threads, scratch;
 } shape;
-
-int omp_get_thread_num(void);
 
 /* Lane by lane; b where either is nan. */
 INLINE floats larger(floats a, floats b) {
@@ -275,6 +275,75 @@ void attention(const char *q, const char *k, const char *v, const uint8_t *mask,
              (rows + lanes - 1) / lanes * lanes);
     }
   }
+}
+
+/* A copy of CALL for each type, so that the inner loops do not ask for it. */
+#define FOR_TYPE(CALL) if (type == FLOAT16) CALL(FLOAT16); else if (type == BFLOAT16) CALL(BFLOAT16); else CALL(FLOAT32)
+
+INLINE __m256 scaled(__m256 v, __m256 scale, __m256 weight) { return _mm256_mul_ps(_mm256_mul_ps(v, scale), weight); }
+
+INLINE void norm_row(const char *x, const char *weight, char *y, long size, float eps, int type, int weight_type) {
+  __m256 squares[4] = {0};
+  long i = 0;
+  for (; i + 32 <= size; i += 32)
+    UNROLLED (int j = 0; j < 4; j++) {
+      const __m256 v = load(x, type, i + 8 * j, 8);
+      squares[j] = _mm256_fmadd_ps(v, v, squares[j]);
+    }
+  for (; i < size; i += 8) {
+    const __m256 v = load(x, type, i, size - i);
+    squares[0] = _mm256_fmadd_ps(v, v, squares[0]);
+  }
+  float lanes[8], sum = 0;
+  squares[0] = _mm256_add_ps(_mm256_add_ps(squares[0], squares[1]), _mm256_add_ps(squares[2], squares[3]));
+  _mm256_storeu_ps(lanes, squares[0]);
+  for (int j = 0; j < 8; j++) sum += lanes[j];
+  const __m256 scale = _mm256_set1_ps(1 / __builtin_sqrtf(sum / size + eps));
+  for (i = 0; i < size; i += 8) {
+    const long n = size - i;
+    if (n >= 8) store(y, type, i, 8, scaled(load(x, type, i, 8), scale, load(weight, weight_type, i, 8)));
+    else store(y, type, i, n, scaled(load(x, type, i, n), scale, load(weight, weight_type, i, n)));
+  }
+}
+
+/* y[n][size] = x / sqrt(mean(x^2) + eps) * weight, row by row */
+void rms_norm(const char *x, const char *weight, char *y, long n, long size, float eps, int type, int weight_type,
+              int threads) {
+  const long bytes = size * size_of(type);
+  #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
+  for (long row = 0; row < n; row++) {
+    #define NORM(TYPE) norm_row(x + row * bytes, weight, y + row * bytes, size, eps, TYPE, weight_type)
+    FOR_TYPE(NORM);
+  }
+}
+
+INLINE void rotate_head(const char *x, const float *cosine, const float *sine, char *y, long size, int type) {
+  const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+  const __m256 signs = _mm256_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1);
+  for (long i = 0; i < size / 2; i += 8) {
+    const __m256 v = load(x, type, i, 8);
+    const __m256 c = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(cosine + i / 2)), twice);
+    const __m256 s = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(sine + i / 2)), twice);
+    const __m256 turned = _mm256_mul_ps(_mm256_permute_ps(v, 0xb1), _mm256_mul_ps(s, signs));
+    store(y, type, i, 8, _mm256_fmadd_ps(v, c, turned));
+  }
+  const long half = size / 2 * size_of(type);
+  memcpy(y + half, x + half, half);
+}
+
+/* y[n][heads][size]: the pairs (2i, 2i + 1) in the first half of a head are rotated by the token's angle i. cosine and
+   sine: [period][size / 4], for token % period. size is a multiple of 16; token_bytes lie between two tokens of x. */
+void rotate(const char *x, const float *cosine, const float *sine, char *y, long n, long heads, long size, long period,
+            long token_bytes, int type, int threads) {
+  const long bytes = size * size_of(type);
+  #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
+  for (long token = 0; token < n; token++)
+    for (long head = 0; head < heads; head++) {
+      const long angles = token % period * (size / 4);
+      #define ROTATE(TYPE) rotate_head(x + token * token_bytes + head * bytes, cosine + angles, sine + angles, \
+                                       y + (token * heads + head) * bytes, size, TYPE)
+      FOR_TYPE(ROTATE);
+    }
 }
 """
 

@@ -1,0 +1,143 @@
+"""What stands between a block's matrix products, on a CPU in C: attention, RMSNorm and the rotation.
+
+For inference on Linux on x86-64 (`inference_cpu_source`, compiled at first use). Tensors are float32, float16 or
+bfloat16 and computed in float32; the caches are read where they are. The references, in plain torch, are what runs
+elsewhere: `eager_attention`, and the functions that `in_c` decorates.
+"""
+
+import ctypes
+import functools
+import math
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .c_library import load
+from .inference_cpu_source import TILE, source
+from .torch_compat import needs_dispatch
+from .torch_compat import rms_norm as torch_rms_norm
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ADDRESS, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+FUNCTIONS = {  # of the C library, with their arguments
+    "attention": [ADDRESS] * 6 + [FLOAT, ADDRESS],
+    "rms_norm": [ADDRESS] * 3 + [LONG] * 2 + [FLOAT] + [INT] * 3,
+    "rotate": [ADDRESS] * 4 + [LONG] * 5 + [INT] * 2,
+}
+MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
+
+
+@functools.lru_cache(None)
+def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
+    """Return (the compiled library, "") or (None, the reason and the remedy)."""
+    return load("inference_cpu", source, FUNCTIONS)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the C code may compute on x: it has no gradient, and torch's dispatcher does not see it."""
+    return (
+        not (torch.is_grad_enabled() or needs_dispatch(x))
+        and x.device.type == "cpu"
+        and x.dtype in TYPES
+        and x.numel() > 0
+        and load_library()[0] is not None
+    )
+
+
+def in_c(kernel, fits):
+    """Decorator of a plain function: `kernel` computes it where the C code serves the first argument, and all fit."""
+
+    def decorate(plain):
+        @functools.wraps(plain)
+        def either(*args):
+            return (kernel if serves(args[0]) and fits(*args) else plain)(*args)
+
+        return either
+
+    return decorate
+
+
+def c_rms_norm(x: Tensor, shape, weight: Tensor, eps: float) -> Tensor:
+    """x (..., C) / sqrt(mean(x^2) + eps) * weight (C), over the last dimension."""
+    x, weight = x.contiguous(), weight.contiguous()
+    y, size, types = torch.empty_like(x), x.shape[-1], (TYPES[x.dtype], TYPES[weight.dtype])
+    addresses = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+    load_library()[0].rms_norm(*addresses, x.numel() // size, size, eps, *types, torch.get_num_threads())
+    return y
+
+
+@functools.partial(in_c, c_rms_norm)
+def rms_norm_in_c(x, shape, weight, eps):
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.device == x.device and weight.dtype in TYPES
+
+
+rms_norm = rms_norm_in_c(torch_rms_norm)
+
+
+def c_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, heads, D), the first half of D rotated in pairs; cos, sin (B or 1, T, 1, D / 4), float32."""
+    B, T, heads, D = x.shape
+    if x.stride()[2:] != (D, 1) or B > 1 and x.stride(0) != T * x.stride(1):
+        x = x.contiguous()
+    y, cos, sin = x.new_empty(B, T, heads, D), cos.contiguous(), sin.contiguous()
+    addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr()
+    sizes = B * T, heads, D, cos.shape[0] * T, x.stride(1) * x.element_size()
+    load_library()[0].rotate(*addresses, *sizes, TYPES[x.dtype], torch.get_num_threads())
+    return y
+
+
+@functools.partial(in_c, c_rotate)
+def rotate_in_c(x, cos, sin):
+    return x.shape[-1] % 16 == 0
+
+
+def computes_attention(head_dim: int, x: Tensor, mask: Optional[Tensor]) -> bool:
+    """Whether `attention` computes this forward pass: x (B, T, C) goes into it, and the mask is as `attention`'s."""
+    boolean = mask is None or mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
+    return boolean and head_dim % 8 == 0 and 0 < head_dim <= 256 and serves(x)
+
+
+def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
+    """Exact attention with a softmax in float32.
+
+    The result does not depend on the number of threads.
+
+    Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask boolean (B or 1, 1, T, S), True where a query may
+        attend; None for causal. D is a multiple of 8, at most 256. Returns: output (B, T, H, D), None.
+    """
+    (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
+    causal = attention_mask is None and T > 1 and is_causal is not False
+    if causal:
+        S = T  # a static cache has unused slots
+    query, key, value = map(with_dense_rows, (query, key, value))
+    strides = [size * t.element_size() for t in (query, key, value) for size in t.stride()[:3]]
+    if attention_mask is not None:
+        attention_mask = with_dense_rows(attention_mask.expand(B, 1, T, S))
+        strides += [attention_mask.stride(0), attention_mask.stride(2)]
+    else:
+        strides += [0, 0]
+    rows, stride, threads = T * (H // G), 128 if D <= 128 else 256, torch.get_num_threads()
+    stretches = min(-(-MOST_THREADS // (B * G * -(-rows // 64))), -(-S // STRETCH))
+    rows = -(-rows // 128) * 128 if rows > 64 else -(-rows // 32) * 32  # padded to whole blocks
+    scratch = stride * (2 * min(rows, 128) + 2 * TILE) + 32 * TILE + 256  # floats for each thread
+    states = B * G * stretches * rows * (stride + 2) if stretches > 1 else 0
+    buffer = torch.empty(threads * scratch + states, dtype=torch.float32, device="cpu")
+    output = query.new_empty(B, T, H, D)
+    types = (TYPES[t.dtype] for t in (query, key, value))
+    shape = (B, T, S, H, G, D, *strides, *types, causal, stretches, threads, scratch)
+    load_library()[0].attention(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        None if attention_mask is None else attention_mask.data_ptr(),
+        output.data_ptr(),
+        buffer.data_ptr(),
+        scaling * math.log2(math.e),
+        (ctypes.c_long * len(shape))(*shape),
+    )
+    return output, None
+
+
+def with_dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
