@@ -105,6 +105,10 @@ class Rounds:
                 raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
         return [tuple(turn) for turn in history or []]
 
+    def offer(self, tools, content=""):
+        """The history that offers tools."""
+        raise ValueError("only ChatGLM3 calls tools.")
+
     def prompt(self, tokenizer, query, history, role="user", system=None):
         """The ids of a whole prompt."""
         return tokenizer(tokenizer.build_prompt(query, history, system))["input_ids"]
@@ -167,8 +171,9 @@ class Roles:
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
     response_template = {
-        "start_anchor": "<|assistant|>",
+        "start_anchor_pattern": r"\Z",  # the prompt holds nothing of the answer
         "fields": {
+            "no_metadata": {"open_pattern": r"\A\s*\n\s*", "close_pattern": r"(?=\S)"},
             "tool_calls": {
                 "open_pattern": r"(?:<\|assistant\|>)?(?P<name>[^\s<]+)\s*\n\s*```python\s*\n\s*tool_call\(",
                 "close_pattern": r"\)\s*```",
@@ -215,6 +220,11 @@ class Roles:
             ids += self.message(tokenizer, message["role"], message.get("metadata", ""), content)
         return ids
 
+    def offer(self, tools, content=""):
+        """The history that offers tools, descriptions in the form of OpenAI's API or the functions alone."""
+        tools = [tool.get("function", tool) for tool in tools]
+        return [{"role": "system", "content": content or OFFER, "tools": tools}]
+
     def prompt(self, tokenizer, query, history, role="user", system=None):
         """The ids of a whole prompt."""
         first = [{"role": "system", "content": system}] if system else []
@@ -251,9 +261,8 @@ class Roles:
         """
         messages = [part for message in messages for part in from_openai(message)]
         if tools:
-            tools = [tool.get("function", tool) for tool in tools]
-            first = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": OFFER}
-            messages.insert(0, {**first, "role": "system", "tools": tools})
+            first = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": ""}
+            messages = self.offer(tools, first["content"]) + messages
         messages = self.checked("", messages)
         ids, mask = tokenizer.get_prefix_tokens(), [0, 0]
         for message in messages:

@@ -148,6 +148,8 @@ class ChatGLMTokenizer(ChatTemplateMixin, PreTrainedTokenizer):
         super().__init__(padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs)
         self._read_chat_template()
         self.response_template = getattr(self, "response_template", None) or self.conversation.response_template
+        self.tokenizer.response_template = self.response_template  # `transformers serve` looks for both there
+        self.tokenizer.parse_response = getattr(self, "parse_response", None)
 
     # Vocabulary
 
