@@ -191,13 +191,13 @@ def make_tiny3(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default="tiny", choices=["tiny", "tiny3"])
-    parser.add_argument("--epochs", type=int, help="default: 50, or 70 for tiny3")
+    parser.add_argument("--epochs", type=int, help="default: 50, or 60 for tiny3")
     parser.add_argument("--vocab-size", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     set_seed(args.seed)
 
-    make, epochs, batch_size = {"tiny": (make_tiny, 50, 16), "tiny3": (make_tiny3, 70, 4)}[args.checkpoint]
+    make, epochs, batch_size = {"tiny": (make_tiny, 50, 16), "tiny3": (make_tiny3, 60, 4)}[args.checkpoint]
     target, dialogues, tokenizer, rows, shape, find_wrong = make(args)
     padded = -len(tokenizer) % 64 + len(tokenizer)
     config = AutoConfig.from_pretrained(REPOSITORY, trust_remote_code=True, padded_vocab_size=padded, **shape)

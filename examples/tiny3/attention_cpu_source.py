@@ -1,1 +1,0 @@
-../../attention_cpu_source.py
