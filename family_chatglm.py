@@ -314,22 +314,37 @@ OFFER = "Answer the following questions as best as you can. You have access to t
 
 
 def from_openai(message):
-    """A message of OpenAI's API as messages of ChatGLM3."""
+    """A message of OpenAI's API as messages of ChatGLM3. Raises ValueError for what is not text."""
+    if not isinstance(message, dict):
+        raise ValueError(f'a message must be {{"role": ..., "content": ...}}, got {message!r:.80}')
     role = {"tool": "observation", "developer": "system"}.get(message.get("role"), message.get("role"))
     content = message.get("content") or ""
     if isinstance(content, (list, tuple)):  # parts
-        content = "".join(part["text"] for part in content if part.get("type") == "text")
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise ValueError(f'content must be text, or parts {{"type": "text", "text": ...}}, got {content!r:.80}')
+        content = "".join(part["text"] for part in content)
     calls = message.get("tool_calls") or []
     if content or not calls:
         kept = {key: message[key] for key in ("metadata", "tools") if key in message}
         yield {**kept, "role": role, "content": content}
     for call in calls:
         function = call.get("function", call)
-        arguments = function.get("arguments") or {}
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        written = ", ".join(f"{key}={value!r}" for key, value in arguments_of(function).items())
         content = f"```python\ntool_call({written})\n```"
         yield {"role": "assistant", "metadata": function["name"], "content": content}
+
+
+def arguments_of(function):
+    """The arguments of a call in OpenAI's API, a dictionary or its JSON. Raises ValueError for anything else."""
+    given = arguments = function.get("arguments") or {}
+    if isinstance(given, str):
+        try:
+            arguments = json.loads(given)
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"arguments of {function.get('name')!r} must be a JSON object, got {given!r:.80}")
+    return arguments
 
 
 def offers_tools(history):

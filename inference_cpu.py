@@ -37,8 +37,8 @@ def load_library() -> Tuple[Optional[ctypes.CDLL], str]:
 def serves(x: Tensor) -> bool:
     """Whether the C code may compute on x: it has no gradient, and torch's dispatcher does not see it."""
     return (
-        not (torch.is_grad_enabled() or needs_dispatch(x))
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
+        and not (torch.is_grad_enabled() or needs_dispatch(x))
         and x.dtype in TYPES
         and x.numel() > 0
         and load_library()[0] is not None
@@ -69,7 +69,8 @@ def c_rms_norm(x: Tensor, shape, weight: Tensor, eps: float) -> Tensor:
 
 @functools.partial(in_c, c_rms_norm)
 def rms_norm_in_c(x, shape, weight, eps):
-    return type(weight) in (Tensor, torch.nn.Parameter) and weight.device == x.device and weight.dtype in TYPES
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.device == x.device and weight.dtype in TYPES
+    return plain and weight.shape == x.shape[-1:]
 
 
 rms_norm = rms_norm_in_c(torch_rms_norm)
@@ -78,23 +79,26 @@ rms_norm = rms_norm_in_c(torch_rms_norm)
 def c_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, T, heads, D), the first half of D rotated in pairs; cos, sin (B or 1, T, 1, D / 4), float32."""
     B, T, heads, D = x.shape
-    if x.stride()[2:] != (D, 1) or B > 1 and x.stride(0) != T * x.stride(1):
-        x = x.contiguous()
+    step = x.stride(1)
+    if x.stride()[2:] != (D, 1) or B > 1 and x.stride(0) != T * step:
+        x, step = x.contiguous(), heads * D  # stride(1) may be anything if T is 1
     y, cos, sin = x.new_empty(B, T, heads, D), cos.contiguous(), sin.contiguous()
     addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr()
-    sizes = B * T, heads, D, cos.shape[0] * T, x.stride(1) * x.element_size()
+    sizes = B * T, heads, D, cos.shape[0] * T, step * x.element_size()
     load_library()[0].rotate(*addresses, *sizes, TYPES[x.dtype], torch.get_num_threads())
     return y
 
 
 @functools.partial(in_c, c_rotate)
 def rotate_in_c(x, cos, sin):
-    return x.shape[-1] % 16 == 0
+    B, T, _, D = x.shape
+    return D % 16 == 0 and cos.device == x.device and cos.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4))
 
 
 def computes_attention(head_dim: int, x: Tensor, mask: Optional[Tensor]) -> bool:
     """Whether `attention` computes this forward pass: x (B, T, C) goes into it, and the mask is as `attention`'s."""
     boolean = mask is None or mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
+    boolean = boolean and (mask is None or mask.device == x.device)
     return boolean and head_dim % 8 == 0 and 0 < head_dim <= 256 and serves(x)
 
 

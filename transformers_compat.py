@@ -161,6 +161,11 @@ class GrowingLayer(DynamicLayer):
 
 def append(held, buffer, new):
     """Append `new` (B, G, T, D) to `held` (B, G, S, D); return (a view of both, its buffer)."""
+    if held.shape[:2] != new.shape[:2]:  # writing into the buffer would repeat one row for all
+        raise ValueError(
+            f"The cache holds {held.shape[0]} rows of {held.shape[1]} heads, the new tokens have {new.shape[0]} of "
+            f"{new.shape[1]}. Pass a cache of the same rows, or None."
+        )
     seen, total = held.shape[2], held.shape[2] + new.shape[2]
     owned = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
     owned = owned and buffer.shape[:2] == held.shape[:2]

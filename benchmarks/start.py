@@ -10,6 +10,7 @@ up; both are the best of the rounds, as is `load`, from_pretrained without impor
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import struct
@@ -25,6 +26,7 @@ from common import ROOT, TINY, machine, record
 from loading import write_checkpoint
 
 QUESTION = "你好\n"
+CONTROL = re.compile(rb"\x1b\[[?\d;]*[a-zA-Z]|[\r\n]")
 
 
 def arguments(parser):
@@ -79,11 +81,12 @@ def start(checkout, folder, bits, threads):
                 show()
             prompt = times[-1]
             os.write(terminal, QUESTION.encode())
-            asked, tokens = len(shown), []
+            asked, tokens, text = len(shown), [], b""
             while len(tokens) < 2:
                 show()
-                if shown[asked:].partition(b"\n")[2]:  # more than the echo of the question
-                    tokens.append(times[-1])
+                answer = CONTROL.sub(b"", shown[asked:].partition(b"\n")[2])  # behind the echo of the question
+                if answer != text:
+                    tokens, text = [*tokens, times[-1]], answer
             waits = [later - earlier for earlier, later in zip(times, times[1:-1])]
             peak = resident(process.pid)
         finally:

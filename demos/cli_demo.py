@@ -40,11 +40,6 @@ def parse_arguments(arguments=None):
     parser.add_argument("--seed", type=int, help="make sampled answers reproducible")
     parser.add_argument("--system", default="", help="instructions in front of the conversation")
     parser.add_argument("--tools", type=json_file, help="ChatGLM3: a JSON file with the tools that it may call")
-    parser.add_argument(
-        "--prompt-lookup",
-        action="store_true",
-        help="faster where an answer repeats the conversation, as in edits; the answers stay the same",
-    )
     parser.add_argument("--stats", action="store_true", help="show tokens/s and the context used after each answer")
     parser.add_argument(
         "--max-length", type=SETTINGS["max_new_tokens"], default=8192, help="tokens of conversation and answer"

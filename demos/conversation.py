@@ -55,9 +55,8 @@ class Conversation:
 
     def answer(self, query, role="user"):
         """Yield the answer piece by piece. If the iterator is closed early, the history keeps what was yielded."""
-        if role == "user":
-            self.before = self._cached()
-        self.first, self.rate = None, None
+        before = self._cached() if role == "user" else self.before  # an observation goes on with its round
+        self.first = self.rate = None
         start, text, shown, history = time.monotonic(), "", "", self.history
         steps = self.model.stream_chat(
             self.tokenizer,
@@ -72,7 +71,7 @@ class Conversation:
         )
         with closing(steps):
             for text, self.history, self.cache in steps:
-                now = time.monotonic()
+                now, self.before = time.monotonic(), before
                 if self.first is None:
                     self.first, counted, begun = now - start, self.context, now
                 elif now > begun:

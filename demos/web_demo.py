@@ -152,6 +152,7 @@ def name_of(args, model):
 
 def build(sessions, args):
     """The page. gr.ChatInterface is shorter, but cannot stop the answer to an edited question."""
+    drafts = {"prompt_lookup_num_tokens": 10} if args.prompt_lookup else {}
     longest, tiny = sessions.model.config.seq_length, Path(args.model).resolve() == TINY
 
     def ask(query, messages):
@@ -181,6 +182,7 @@ def build(sessions, args):
             temperature=float(temperature),
             top_p=float(top_p),
             max_new_tokens=max_new_tokens,
+            **drafts,
         )
         try:
             with closing(steps):  # gradio closes this generator when the user stops it, clears the page or leaves

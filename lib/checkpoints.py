@@ -44,10 +44,11 @@ def load_tokenizer(folder):
     return tokenizer
 
 
-def load_model(folder, dtype, bits=0, checkpoint=None, **config_changes):
+def load_model(folder, dtype, bits=0, checkpoint=None, head=False, **config_changes):
     """The weights in `folder` in `dtype`, quantized to `bits` while they load.
 
-    `checkpoint` is the folder of a LoRA adapter or of a prefix that was trained on these weights.
+    `checkpoint` is the folder of a LoRA adapter or of a prefix that was trained on these weights. `head`: quantize
+    embedding and output layer, too, to int8.
     """
     adapter = checkpoint and (Path(checkpoint) / "adapter_config.json").is_file()
     prefix = None
@@ -56,10 +57,11 @@ def load_model(folder, dtype, bits=0, checkpoint=None, **config_changes):
     config = load_config(folder)
     config.update(config_changes)
     early = bits and VERSION >= (4, 55)  # earlier releases quantize afterwards; delete with 4.54
-    options = {"quantization_config": {"quant_method": "chatglm", "bits": bits}} if early else {}
+    chosen = {"bits": bits, "embedding": head, "output_layer": head}
+    options = {"quantization_config": {"quant_method": "chatglm", **chosen}} if early else {}
     model = ChatGLMForConditionalGeneration.from_pretrained(folder, config=config, torch_dtype=dtype, **options)
     if not early:
-        model.quantize(bits)
+        model.quantize(**chosen)
         lay_out(model)
     if prefix:
         model.transformer.prefix_encoder.load_state_dict(prefix)

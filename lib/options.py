@@ -67,16 +67,28 @@ def model_parser(description):
         choices=["auto", *DTYPES],
         help="auto: float16, as released; bfloat16 on a CPU, if not quantized",
     )
-    add("--quantize", type=int, default=0, choices=[0, 4, 8], help="quantize the weights to this many bits")
+    add(
+        "--quantize",
+        type=int,
+        default=0,
+        choices=[0, 4, 8],
+        help="quantize the weights to this many bits; for a chat on a CPU embedding and output layer, too, to int8",
+    )
     return parser
 
 
 def chat_parser(description):
     """`model_parser` with the sampling options."""
     parser = model_parser(description)
+    parser.set_defaults(head=True)
     add = parser.add_argument
     add("--save", metavar="FOLDER", help="keep the quantized weights in this new folder, to be started from later")
     add("--max-new-tokens", type=SETTINGS["max_new_tokens"], help="maximum length of an answer (default: what fits)")
+    add(
+        "--prompt-lookup",
+        action="store_true",
+        help="faster where an answer repeats the conversation, as in edits; the answers stay the same",
+    )
     add("--temperature", type=SETTINGS["temperature"], default=0.8, help="0 is greedy decoding (default: 0.8)")
     add(
         "--top-p", type=SETTINGS["top_p"], default=0.8, help="sample from the most likely tokens up to this probability"
@@ -89,7 +101,7 @@ def sampling(args):
     settings = {"do_sample": args.temperature > 0, "temperature": args.temperature, "top_p": args.top_p}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
-    if getattr(args, "prompt_lookup", False):
+    if args.prompt_lookup:
         settings["prompt_lookup_num_tokens"] = 10
     return settings
 
@@ -112,7 +124,8 @@ def load(args):
     if folder is not None:
         check_save(args)
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype, args.quantize, args.checkpoint)
+    head = bool(args.quantize) and device.type == "cpu" and getattr(args, "head", False)
+    model = load_model(args.model, dtype, args.quantize, args.checkpoint, head)
     if folder is not None:
         save(model, tokenizer, folder)
     return model.to(device).eval(), tokenizer

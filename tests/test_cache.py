@@ -116,6 +116,15 @@ def test_update_after_a_change(pair, change):
         feed(others, 1, 9)
 
 
+def test_rows_that_do_not_fit_are_rejected(make_model):
+    """One new row for a cache of four would be written into all of them: an error, as torch.cat gives."""
+    model, cache = make_model(), DynamicCache()
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]] * 4), past_key_values=cache)
+        with pytest.raises(ValueError, match="The cache holds 4 rows .* the new tokens have 1"):
+            model(torch.tensor([[8]]), past_key_values=cache)
+
+
 def test_tensors_read_before_a_crop_are_unchanged(pair):
     """Keys taken before a crop are not overwritten by what comes after it."""
     _, growing = pair

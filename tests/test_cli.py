@@ -176,6 +176,8 @@ def test_regenerate_encodes_only_the_round(make_chat, capsys, tiny_model):
     with contextlib.closing(chat.conversation.answer_again()) as pieces:
         next(pieces)
     assert len(chat.conversation.history) == 2
+    say(chat, capsys, "早上好" * 9999)  # too long
+    assert say(chat, capsys, "/regenerate") == answer
     chat.conversation.restart(history, "")
     assert say(chat, capsys, "/regenerate") == answer
 
@@ -247,7 +249,7 @@ def test_a_closed_pipe_ends_the_program():
 def test_the_page_shows_a_real_session(make_chat, capsys, tmp_path, monkeypatch):
     """The session in docs/serving.md is what the program shows."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split("<!-- terminal:")[1]
-    shown = page.split("```console\n")[1].split("```")[0].split("\n", 1)[1]
+    shown = page.split("```text\n")[1].split("```")[0].split("\n", 1)[1]
     monkeypatch.chdir(tmp_path)
     chat = make_chat()
     for turn in shown[len("> ") :].split("\n> "):

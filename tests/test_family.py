@@ -177,6 +177,30 @@ def test_training_on_messages(three):
     learned = [i for i, wanted in zip(out["input_ids"], out["assistant_masks"]) if wanted]
     assert learned == three.build_single_message("assistant", "", "好。")[1:] + [2]
     assert out["input_ids"][-len(learned) - 1] == 1607
+    continued = three.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+    assert continued == out["input_ids"][:-1]
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
+@pytest.mark.parametrize(
+    ("message", "options", "error"),
+    [
+        ("x", {}, "a message must be"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, {}, "content must be text"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, {}, "arguments of 'f'"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}, {}, "arguments of 'f'"),
+        ({"role": "user", "content": "x"}, {"documents": [{"text": "x"}]}, "documents"),
+        (
+            {"role": "assistant", "content": "x"},
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "pass one",
+        ),
+    ],
+)
+def test_what_has_no_ids_is_refused(three, message, options, error):
+    """What would be left out of the prompt is an error that names it."""
+    with pytest.raises(ValueError, match=error):
+        three.apply_chat_template([message], **options)
 
 
 # ChatGLM3's chat

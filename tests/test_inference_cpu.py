@@ -273,6 +273,26 @@ def test_rotation_matches_torch(instructions, dtype, B, T, D, rows):
         assert torch.equal(got[..., D // 2 :], want[..., D // 2 :])
 
 
+def test_rotation_of_one_token_with_any_stride(instructions):
+    """One token of several rows is contiguous whatever its own stride says, which torch then keeps."""
+    x, angles = torch.randn(3, 1, 4, 32), torch.randn(3, 1, 1, 8)
+    odd = x.as_strided(x.shape, (x.stride(0), 7, *x.stride()[2:]))
+    assert torch.equal(inference_cpu.c_rotate(odd, angles.cos(), angles.sin()),
+                       inference_cpu.c_rotate(x, angles.cos(), angles.sin()))  # fmt: skip
+
+
+@pytest.mark.parametrize("places", [torch.arange(3)[None], torch.arange(9)[None], torch.arange(10).view(2, 5)])
+def test_positions_that_do_not_fit_are_rejected(make_model, places):
+    """Positions of fewer or more tokens or rows: the error of plain torch, and no reading beyond the table."""
+    with pytest.raises(RuntimeError, match="must match"):
+        make_model()(some_ids(rows=4)[:, :5], position_ids=places)
+
+
+def test_embeddings_of_another_size_are_rejected(make_model):
+    with pytest.raises(RuntimeError, match="normalized_shape|must match"):
+        make_model()(inputs_embeds=torch.zeros(1, 5, 999))
+
+
 def test_plain_functions_compute_what_it_does_not(make_config, monkeypatch):
     """With gradients, in float64, under torch.func, without a compiler; and the C code otherwise."""
     calls = []

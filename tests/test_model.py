@@ -159,7 +159,7 @@ def test_rope_ratio_types(make_config):
     """ "linear" divides the positions, "base" multiplies the base 10000."""
     positions = torch.tensor([[0, 4, 8]])
     plain = rotary_cos_sin(make_config(), positions // 4)
-    linear = rotary_cos_sin(make_config(rope_ratio=4), positions)
+    linear = rotary_cos_sin(make_config(rope_ratio=4, rope_ratio_type="linear"), positions)
     torch.testing.assert_close(linear, plain)
     cos, _ = rotary_cos_sin(make_config(rope_ratio=4, rope_ratio_type="base"), positions)
     frequencies = torch.tensor([40000.0 ** (-2 * i / 8) for i in range(4)])

@@ -17,7 +17,7 @@ from chatglm2.modeling_chatglm import (
 )
 from chatglm2.quantization import quantize
 from conftest import TINY
-from model_helpers import GREEDY, logits, some_ids
+from model_helpers import CLOSE, GREEDY, logits, some_ids
 
 MODULES = {
     "configuration_chatglm": "ChatGLMConfig",
@@ -294,7 +294,8 @@ def test_published_p_tuning_loop(make_model, tmp_path, projection):
         {name[len(start) :]: value for name, value in loaded.items() if name.startswith(start)}
     )
     after = logits(other, ids, use_cache=False)
-    assert torch.equal(after, logits(model.eval(), ids, use_cache=False)) and not torch.equal(after, before)
+    torch.testing.assert_close(after, logits(model.eval(), ids, use_cache=False), **CLOSE)
+    assert (after - before).abs().max() > 0.1
 
 
 def test_peft_prefix_tuning(make_model):

@@ -289,7 +289,7 @@ def test_classification_loads_from_a_checkpoint_without_a_head(folder):
 
 VARIANTS = {
     "plain": {},
-    "one head a key": {"multi_query_attention": False, "rope_ratio": 2.0},
+    "one head a key": {"multi_query_attention": False, "rope_ratio": 2.0, "rope_ratio_type": "linear"},
     "layer norm, biases": {"rmsnorm": False, "add_bias_linear": True, "rope_ratio": 2.0, "rope_ratio_type": "base"},
     "prefix": {"pre_seq_len": 3},
 }

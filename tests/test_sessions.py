@@ -72,6 +72,17 @@ def test_retry_and_edit(sessions, number):
         assert progress.encoded <= new_round(sessions.tokenizer, number + 1, query)
 
 
+@pytest.mark.needs_transformers("4.42", "prompt lookup with any cache")
+def test_prompt_lookup_leaves_the_cache_right(sessions):
+    """With drafts from the conversation: the same answers, also after one that was stopped among drafted tokens."""
+    lookup, asked = {"prompt_lookup_num_tokens": 10}, "早上好"
+    repeated = [(asked, "早上好！愿你今天一切顺利，记得吃早餐。")]
+    for stop_after in (None, 2, 5):
+        ask(sessions, asked, repeated, stop_after, **lookup)
+        progress = ask(sessions, "谢谢", [*repeated, (asked, "早上好！")], **lookup)
+        assert progress.text == as_without_cache(sessions, "谢谢", [*repeated, (asked, "早上好！")])
+
+
 @pytest.mark.parametrize("how", ["stop", "limit"])
 def test_an_answer_that_was_cut(sessions, how):
     """Stopped, or cut by max_new_tokens: the next turn encodes one token more, the one that the cache lacks."""

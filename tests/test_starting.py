@@ -48,6 +48,7 @@ def test_every_step_shows_itself_and_the_int4_files_are_kept(tmp_path):
     steps = ["Importing torch", "Compiling C kernels" if compiles() else "", "Saving 0.0 GB to"]
     assert re.search(".*".join(steps), shown, flags=re.S), shown
     config = json.loads((tmp_path / "int4" / "config.json").read_text())
+    assert config["quantization_options"] == {"embedding": True, "output_layer": True}  # int8, on a CPU
     assert config["quantization_bit"] == 4 and not (tmp_path / "int4.partial").exists()
     assert (tmp_path / "int4" / "modeling_chatglm.py").exists()
     command += ["--model", str(tmp_path / "int4")]
