@@ -1,12 +1,12 @@
 """Train the carried checkpoints: a small ChatGLM2 and a small ChatGLM3 that memorize their `dialogues.jsonl`.
 
     python examples/tiny/train.py            # this folder: about 10 minutes on two cores, seeded
-    python examples/tiny/train.py tiny3      # ../tiny3, with this folder's tokenizer: about MINUTES minutes
+    python examples/tiny/train.py tiny3      # ../tiny3, with this folder's tokenizer: about 4 minutes
 
 It trains a SentencePiece BPE with byte fallback on the dialogues, then a ChatGLM2 of 3.5 million parameters with
 transformers' Trainer, and checks that greedy decoding gives every answer, also in int8 and int4. In half of the steps
 a weight is rounded to int4, with a straight-through gradient (Bengio et al., 2013, arXiv:1308.3432), so that the
-answers survive quantization. The ChatGLM3 has 1.3 million parameters and dialogues with system messages and tools.
+answers survive quantization. The ChatGLM3 has 1.2 million parameters and dialogues with system messages and tools.
 """
 
 import argparse
