@@ -6,7 +6,7 @@
 #              tests of its models; about 500 MB more
 # make lint    ruff, and a check for files over 12 MB
 # make matrix  the tests on every minor release of transformers       make matrix ARGS="--releases 4.44 newest tomorrow"
-# make tiny    train the tiny checkpoint again
+# make tiny    train the carried checkpoints again, a ChatGLM2 and a ChatGLM3
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -44,6 +44,7 @@ matrix: $(VENV)/test.txt
 
 tiny: $(VENV)/test.txt
 	$(RUN) examples/tiny/train.py
+	$(RUN) examples/tiny/train.py tiny3
 
 # llama.cpp's source, for its converter, and vLLM's wheel, for what it reads of a checkpoint
 $(LLAMA_CPP): | $(VENV)/tools.txt

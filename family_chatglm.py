@@ -85,9 +85,11 @@ class Rounds:
     """ChatGLM2 and CodeGeeX2: numbered rounds of text. A history is a list of (query, response)."""
 
     commands = COMMANDS
+    roles = ()  # a question and its answer take turns
     shown = ()  # commands whose names are part of decoded text
     stops = ()  # commands that end an answer, besides </s>
     template = None  # chat_template.jinja
+    response_template = None  # how transformers' server and pipelines read an answer: as text
 
     def checked(self, query, history, role="user"):
         """Copy `history`. Raises ValueError for what is neither text nor None, which is written as "None"."""
@@ -103,6 +105,10 @@ class Rounds:
                 raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
         return [tuple(turn) for turn in history or []]
 
+    def offer(self, tools, content=""):
+        """The history that offers tools."""
+        raise ValueError("only ChatGLM3 calls tools.")
+
     def prompt(self, tokenizer, query, history, role="user", system=None):
         """The ids of a whole prompt."""
         return tokenizer(tokenizer.build_prompt(query, history, system))["input_ids"]
@@ -110,6 +116,24 @@ class Rounds:
     def next_round(self, tokenizer, query, history, role="user"):
         """The ids of the new round alone, to follow those of `history`."""
         return tokenizer.encode_continuation("\n\n" + tokenizer.build_round(len(history) + 1, query))
+
+    def from_rounds(self, rounds):
+        """A history of these rounds, (query, response)."""
+        return rounds
+
+    def after(self, tokenizer, query, rounds, known):
+        """The ids behind the response of round `known` of a prompt: of the later rounds, and of `query`."""
+        last, response = rounds[known - 1]
+        past = tokenizer.build_prompt(last, rounds[: known - 1]) + response
+        return tokenizer.encode_continuation(tokenizer.build_prompt(query, rounds)[len(past) :])
+
+    def opening(self, tokenizer):
+        """The ids in front of the text of an answer."""
+        return []
+
+    def learned(self, tokenizer, answer, metadata="", next_role=None):
+        """(the ids of an answer as it is generated, the id that ends it)."""
+        return tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id
 
     def split(self, history):
         """(what to keep of a long `history`, its rounds, of which the oldest may be dropped)."""
@@ -125,6 +149,12 @@ class Rounds:
         return False
 
 
+# key=value in a call of a tool, for `Roles.response_template`: nested brackets and strings are part of a value
+STRING = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+NESTED = rf"(?<nested>[\[{{(](?:{STRING}|(?&nested)|[^'\"\[\]{{}}()])*[\]}})])"
+ARGUMENT = rf"(?P<key>\w+)\s*=\s*(?P<value>(?:{STRING}|{NESTED}|[^'\"\[\]{{}}(),])+)"
+
+
 class Roles:
     """ChatGLM3: messages that begin with the token of a role. A history is a list of {"role", "content"}.
 
@@ -133,12 +163,31 @@ class Roles:
     """
 
     commands = (*COMMANDS, *(f"<|{role}|>" for role in ROLES))
+    roles = ROLES  # in any order
     shown = commands
     stops = ("<|user|>", "<|observation|>")
     template = (
         "{{ '[gMASK]sop' }}{% for message in messages %}{{ '<|' + message['role'] + '|>\\n ' + message['content'] }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
+    response_template = {
+        "start_anchor_pattern": r"\Z",  # the prompt holds nothing of the answer
+        "fields": {
+            "no_metadata": {"open_pattern": r"\A\s*\n\s*", "close_pattern": r"(?=\S)"},
+            "tool_calls": {
+                "open_pattern": r"(?:<\|assistant\|>)?(?P<name>[^\s<]+)\s*\n\s*```python\s*\n\s*tool_call\(",
+                "close_pattern": r"\)\s*```",
+                "repeats": True,
+                "content": "xml-inline",
+                "content_args": {
+                    "tag_pattern": ARGUMENT,
+                    "value_parser": {"name": "json", "args": {"string_delims": [["'", "'"]], "allow_non_json": True}},
+                },
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            },
+            "content": {"close_pattern": r"<\|(?:user|observation|assistant)\|>", "content": "text"},
+        },
+    }
 
     def checked(self, query, history, role="user"):
         """Copy `history`. Raises ValueError for an unknown role, and for what is not text."""
@@ -171,6 +220,11 @@ class Roles:
             ids += self.message(tokenizer, message["role"], message.get("metadata", ""), content)
         return ids
 
+    def offer(self, tools, content=""):
+        """The history that offers tools, descriptions in the form of OpenAI's API or the functions alone."""
+        tools = [tool.get("function", tool) for tool in tools]
+        return [{"role": "system", "content": content or OFFER, "tools": tools}]
+
     def prompt(self, tokenizer, query, history, role="user", system=None):
         """The ids of a whole prompt."""
         first = [{"role": "system", "content": system}] if system else []
@@ -181,23 +235,40 @@ class Roles:
         """The ids of the new message, and the assistant's token."""
         return self.message(tokenizer, role, "", query) + [tokenizer.get_command("<|assistant|>")]
 
+    def from_rounds(self, rounds):
+        """A history of these rounds, (query, response)."""
+        return [{"role": role, "content": text} for turn in rounds for role, text in zip(("user", "assistant"), turn)]
+
+    def after(self, tokenizer, query, rounds, known):
+        """The ids behind the response of round `known` of a prompt: of the later rounds, and of `query`."""
+        return self.messages(tokenizer, self.from_rounds(rounds[known:])) + self.next_round(tokenizer, query, [])
+
+    def opening(self, tokenizer):
+        """The ids in front of the text of an answer: its first line, which names no tool."""
+        return tokenizer.encode("\n", add_special_tokens=False)
+
+    def learned(self, tokenizer, answer, metadata="", next_role=None):
+        """(the ids of an answer as it is generated, the id that ends it)."""
+        end = tokenizer.get_command(f"<|{next_role}|>") if next_role else tokenizer.eos_token_id
+        return self.message(tokenizer, "assistant", metadata, answer)[1:], end
+
     def encoded(self, tokenizer, messages, add_generation_prompt=False, tools=None):
         """(ids, mask) of a conversation in the form of OpenAI's API; the mask is 1 where an answer is to be learned.
 
+        The token behind an answer belongs to it: </s>, or the next role's, which ends it when the model speaks.
         The role "tool" is ChatGLM3's "observation", "developer" its "system"; `tool_calls` become a message each, and
         `tools` part of the system message.
         """
         messages = [part for message in messages for part in from_openai(message)]
         if tools:
-            tools = [tool.get("function", tool) for tool in tools]
-            first = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": OFFER}
-            messages.insert(0, {**first, "role": "system", "tools": tools})
+            first = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": ""}
+            messages = self.offer(tools, first["content"]) + messages
         messages = self.checked("", messages)
         ids, mask = tokenizer.get_prefix_tokens(), [0, 0]
         for message in messages:
             own = self.messages(tokenizer, [message])
             learned = int(message["role"] == "assistant")
-            ids, mask = ids + own, mask + [0] + [learned] * (len(own) - 1)
+            ids, mask = ids + own, mask + [mask[-1]] + [learned] * (len(own) - 1)
         if add_generation_prompt:
             return [*ids, tokenizer.get_command("<|assistant|>")], [*mask, 0]
         ends = [tokenizer.eos_token_id] if messages and messages[-1]["role"] == "assistant" else []

@@ -147,6 +147,9 @@ class ChatGLMTokenizer(ChatTemplateMixin, PreTrainedTokenizer):
         self.split_special_tokens = kwargs.get("split_special_tokens", False)  # for transformers before 4.34
         super().__init__(padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs)
         self._read_chat_template()
+        self.response_template = getattr(self, "response_template", None) or self.conversation.response_template
+        self.tokenizer.response_template = self.response_template  # `transformers serve` looks for both there
+        self.tokenizer.parse_response = getattr(self, "parse_response", None)
 
     # Vocabulary
 
@@ -322,8 +325,11 @@ class ChatGLMTokenizer(ChatTemplateMixin, PreTrainedTokenizer):
 
     def answer(self, ids):
         """The text of an answer's ids, up to the last complete character, without the id that ends it."""
-        ids = list(ids)
-        return self.decode(self.without_half_character(ids[:-1] if ids and ids[-1] in self.stop_ids() else ids))
+        return self.decode(self.without_half_character(self.without_stop(list(ids))))
+
+    def without_stop(self, ids):
+        """Return `ids` without the one that ends an answer."""
+        return ids[:-1] if ids and ids[-1] in self.stop_ids() else ids
 
     def stop_ids(self):
         """Ids that end an answer: </s>, and for ChatGLM3 the roles that speak next."""

@@ -39,11 +39,19 @@ def parse_arguments(arguments=None):
     parser = chat_parser(__doc__)
     parser.add_argument("--seed", type=int, help="make sampled answers reproducible")
     parser.add_argument("--system", default="", help="instructions in front of the conversation")
+    parser.add_argument("--tools", type=json_file, help="ChatGLM3: a JSON file with the tools that it may call")
     parser.add_argument("--stats", action="store_true", help="show tokens/s and the context used after each answer")
     parser.add_argument(
         "--max-length", type=SETTINGS["max_new_tokens"], default=8192, help="tokens of conversation and answer"
     )
     return parser.parse_args(arguments)
+
+
+def json_file(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
 
 
 def write(text):
@@ -194,6 +202,10 @@ class Chat:
         if len(messages) > 2 * len(rounds):
             write(f"Left out: {count(len(messages) - 2 * len(rounds), 'message')} without a question or an answer.\n")
 
+    def do_observation(self, argument):
+        """/observation TEXT     ChatGLM3: what the tool that it called returned"""
+        self.show(self.conversation.answer(argument, role="observation"))
+
     def do_regenerate(self, argument):
         """/regenerate           answer the last message again"""
         if not self.conversation.history:
@@ -222,7 +234,10 @@ def main(arguments=None):
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model, tokenizer = load_or_exit(args)
-    conversation = Conversation(model, tokenizer, args.system, args.max_length, **sampling(args))
+    try:
+        conversation = Conversation(model, tokenizer, args.system, args.max_length, args.tools, **sampling(args))
+    except ValueError as error:
+        raise SystemExit(f"--tools: {error}") from None
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not sys.stdin.isatty():

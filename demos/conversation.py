@@ -7,8 +7,6 @@ from contextlib import closing
 from chatglm2.family_chatglm import Roles
 from chatglm2.transformers_compat import crop_cache
 
-SPEAKERS = "user", "assistant"
-
 
 class Conversation:
     """The rounds so far, and the cache with their keys and values.
@@ -16,15 +14,17 @@ class Conversation:
     Attributes:
         history: the rounds that the model sees, in the form of its family.
         system: instructions in front of them, or "".
+        opening: what a conversation begins with, where tools are offered.
         settings: arguments of `stream_chat`, as temperature.
         first, rate: seconds to the first text of the last answer, and tokens per second after it.
     """
 
-    def __init__(self, model, tokenizer, system="", max_length=8192, **settings):
+    def __init__(self, model, tokenizer, system="", max_length=8192, tools=None, **settings):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.form = tokenizer.conversation
         self.limit = min(max_length, model.config.seq_length)
-        self.restart([], system)
+        self.opening = self.form.offer(tools, system) if tools else []  # the history of a new conversation
+        self.restart(self.opening, "" if tools else system)
 
     def restart(self, history, system):
         """Go on from these rounds, which the next answer encodes again."""
@@ -33,7 +33,7 @@ class Conversation:
         self.first = self.rate = None
 
     def clear(self):
-        self.restart([], self.system)
+        self.restart(self.opening, self.system)
 
     @property
     def rounds(self):
@@ -45,9 +45,7 @@ class Conversation:
 
     def load(self, rounds, system):
         """`restart` from [(query, answer)]."""
-        if isinstance(self.form, Roles):
-            rounds = [{"role": role, "content": text} for turn in rounds for role, text in zip(SPEAKERS, turn)]
-        self.restart(list(rounds), system)
+        self.restart([*self.opening, *self.form.from_rounds(rounds)], system)
 
     @property
     def context(self):
@@ -55,16 +53,18 @@ class Conversation:
         cached = self.model.transformer.count_cached_tokens(self.cache)
         return cached + 1 if cached else 0
 
-    def answer(self, query):
+    def answer(self, query, role="user"):
         """Yield the answer piece by piece. If the iterator is closed early, the history keeps what was yielded."""
-        before, self.first, self.rate = self._cached(), None, None
-        start, shown, history = time.monotonic(), "", self.history
+        before = self._cached() if role == "user" else self.before  # an observation goes on with its round
+        self.first = self.rate = None
+        start, text, shown, history = time.monotonic(), "", "", self.history
         steps = self.model.stream_chat(
             self.tokenizer,
             query,
             history,
             self.cache,
             system=self.system,
+            role=role,
             max_length=self.limit,
             return_past_key_values=True,
             **self.settings,
@@ -76,9 +76,11 @@ class Conversation:
                     self.first, counted, begun = now - start, self.context, now
                 elif now > begun:
                     self.rate = (self.context - counted) / (now - begun)
-                text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)  # the call of a tool
-                yield text[len(shown) :]
-                shown = text
+                if isinstance(text, str):
+                    yield text[len(shown) :]
+                    shown = text
+        if isinstance(text, dict):  # the call of a tool, once it is whole
+            yield "\n" * bool(shown) + json.dumps(text, ensure_ascii=False)
 
     def answer_again(self):
         """`answer` for the last query; the round stays as it was if the iterator is closed before the first piece."""

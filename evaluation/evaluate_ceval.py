@@ -137,23 +137,23 @@ class Judge:
             raise ValueError(f"tokenizer.model has no piece for one of {', '.join(LETTERS)}: {spellings}")
 
     def prompt(self, question, examples=(), reserved=0):
-        """The prompt, with as many of the last examples as leave `reserved` tokens of seq_length for an answer."""
-        limit = self.model.config.seq_length - reserved
+        """The ids of the prompt, with as many of the last examples as leave `reserved` tokens of seq_length free."""
+        limit, chat = self.model.config.seq_length - reserved, self.tokenizer.conversation
         for start in range(len(examples) + 1):
-            history = [(example.text, example.answer) for example in examples[start:]]
-            prompt = self.tokenizer.build_prompt(question.text, history)
-            length = len(self.tokenizer(prompt)["input_ids"])
-            if length <= limit:
-                return prompt
-        raise ValueError(f"{question.place}: {length} tokens, and {limit} fit.")
+            history = chat.from_rounds([(example.text, example.answer) for example in examples[start:]])
+            ids = chat.prompt(self.tokenizer, question.text, history)
+            if len(ids) <= limit:
+                return ids
+        raise ValueError(f"{question.place}: {len(ids)} tokens, and {limit} fit.")
 
     def inputs(self, prompts):
-        return self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
+        return self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.model.device)
 
     @torch.no_grad()
     def letters(self, questions, examples=()):
-        """The model's letter for each question, directly after the prompt."""
-        prompts = [self.prompt(question, examples) for question in questions]
+        """The model's letter for each question, where the text of an answer begins."""
+        opening = self.tokenizer.conversation.opening(self.tokenizer)
+        prompts = [self.prompt(question, examples, len(opening)) + opening for question in questions]
         letters = []
         for start in range(0, len(prompts), self.batch_size):
             inputs = self.inputs(prompts[start : start + self.batch_size])
@@ -172,7 +172,7 @@ class Judge:
         for start in range(0, len(prompts), self.batch_size):
             inputs = self.inputs(prompts[start : start + self.batch_size])
             ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
-            answers = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
+            answers = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for question, answer in zip(questions[start:], answers):
                 text = f"{question.text}{answer}\n{CONCLUSION}"
                 answered.append(Question(question.id, text, question.answer, question.place))

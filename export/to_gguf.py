@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from checkpoints import ROOT, load_config, load_tokenizer
 from gguf_converter import BLOCK
-from glm import refusals
+from glm import refusals, tokenizer_refusals
 
 REPOSITORY = "THUDM/chatglm3-6b"
 CONTROL = 3  # GGUF's type of tokens that only a template contains
@@ -69,13 +69,13 @@ def export(source, target, llama_cpp, outtype="auto"):
     if target.exists():
         raise ValueError(f"{target} already exists; nothing is overwritten.")
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if problems := gguf_refusals(config):
+    tokenizer = load_tokenizer(source)
+    if problems := gguf_refusals(config) + tokenizer_refusals(tokenizer):
         raise ValueError("\n".join(problems))
     options = ""
     if config.rope_ratio_type == "linear" and config.rope_ratio != 1:  # the converter would read it as "base"
         options = f"--rope-scaling linear --rope-scale {config.rope_ratio:g}"
         values["rope_ratio"] = 1
-    tokenizer = load_tokenizer(source)
     prefix_ids = tokenizer.get_prefix_tokens()
     template = "".join(f"[PAD{i}]" for i in prefix_ids) + tokenizer.chat_template
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm2.transformers_compat import DTYPE  # noqa: E402
 from checkpoints import load_config, load_tokenizer
-from glm import dequantized, empty_glm, glm_config, glm_tensor
+from glm import dequantized, empty_glm, glm_config, glm_tensor, tokenizer_refusals
 
 SHARD = "2GB"  # what is held in memory at a time
 
@@ -97,12 +97,15 @@ def load(source):
     """(model, tokenizer) of the folder `source`; the weights stay memory-mapped."""
     config = load_config(source)
     glm_config(config)  # refuses what cannot be written, before any weight is read
+    tokenizer = load_tokenizer(source)
+    if problems := tokenizer_refusals(tokenizer):
+        raise ValueError("\n".join(problems))
     model, report = ChatGLMForConditionalGeneration.from_pretrained(
         source, config=config, torch_dtype="auto", output_loading_info=True
     )
     if report["unexpected_keys"]:
         raise ValueError(f"{source} holds tensors that GLM does not have: {sorted(report['unexpected_keys'])[:3]}")
-    return model.eval(), load_tokenizer(source)
+    return model.eval(), tokenizer
 
 
 def export(source, target, max_shard_size=SHARD):

@@ -8,15 +8,20 @@ One JSON object a line, in either form:
 The first form learns `response`; the second every assistant message, with everything before it as context. A system
 message may come first. Examples are those of the original's scripts: [gMASK] sop and the chat prompt, the answer
 tokenized separately (it starts with SentencePiece's space, as the released models' answers do), </s>.
+
+ChatGLM3's messages come in any order: the roles are system, with "tools", user, assistant, with "metadata", the tool
+that it calls, and observation, or those of OpenAI's API with `tool_calls`. What ends an answer is the role that speaks
+next, and </s> behind the last.
 """
 
 import sys
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Optional
 
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+from chatglm2.family_chatglm import from_openai
 from chatglm2.tokenization_chatglm import check_unicode
 from jsonl import SHORT, json_lines
 
@@ -29,10 +34,15 @@ class Round(NamedTuple):
     line: int
     messages: List[dict]  # everything before it; the last is the user's
     answer: str
+    metadata: str = ""
+    next_role: Optional[str] = None
 
 
-def read_rounds(path, prompt_column=None, response_column=None, history_column=None, messages_column="messages"):
+def read_rounds(path, prompt_column=None, response_column=None, history_column=None, messages_column="messages",
+                roles=()):  # fmt: skip
     """The answers to learn from a jsonl file, in order; in the messages form unless other columns are named.
+
+    `roles` are those of the tokenizer's `conversation`, in any order; without any, user and assistant take turns.
 
     Raises:
         ValueError: an invalid line; the message gives the file, the line number, the value and the fix.
@@ -46,7 +56,7 @@ def read_rounds(path, prompt_column=None, response_column=None, history_column=N
     for number, record in json_lines(path):
         try:
             if prompt_column is None:
-                rounds += rounds_of_messages(number, column(record, messages_column))
+                rounds += rounds_of_messages(number, column(record, messages_column), roles)
             else:
                 history = column(record, history_column) if history_column else []
                 query, answer = column(record, prompt_column), column(record, response_column)
@@ -85,25 +95,31 @@ def round_of_columns(number, query, answer, history, prompt_column, response_col
     return Round(number, [*messages, {"role": "user", "content": query}], answer)
 
 
-def rounds_of_messages(number, messages):
+def rounds_of_messages(number, messages, roles=()):
     """Every assistant message, with everything before it."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages is {SHORT.repr(messages)}: give a list of messages.")
-    rounds, wanted = [], "user"
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"messages[{i}] is {SHORT.repr(message)}: give an object with role and content.")
+    if roles:
+        messages = [part for message in messages for part in from_openai(message)]
+    rounds, wanted = [], "user"
+    for i, message in enumerate(messages):
         role, content = message["role"], message["content"]
         check_text(content, f"messages[{i}]['content']")
         if i == 0 and role == "system":
             continue
-        if role != wanted:
+        if roles and role not in roles:
+            raise ValueError(f"messages[{i}] has the role {SHORT.repr(role)}: give one of {', '.join(roles)}.")
+        if not roles and role != wanted:
             raise ValueError(
                 f"messages[{i}] has the role {SHORT.repr(role)} where {wanted!r} is expected: "
                 "user and assistant take turns, and a system message may only come first."
             )
         if role == "assistant":
-            rounds.append(Round(number, messages[:i], content))
+            next_role = messages[i + 1]["role"] if i + 1 < len(messages) else None
+            rounds.append(Round(number, messages[:i], content, message.get("metadata", ""), next_role))
         wanted = "user" if role == "assistant" else "assistant"
     if wanted == "assistant" or not rounds:
         raise ValueError("the last message is not the assistant's, so there is no answer to learn: add one.")
@@ -134,7 +150,7 @@ def make_examples(tokenizer, rounds, max_source_length, max_target_length, progr
         )
     for item in tqdm(rounds, desc="Tokenizing", disable=not progress):
         prompt = tokenizer.apply_chat_template(item.messages, add_generation_prompt=True, return_dict=False)
-        answer = tokenizer.encode(item.answer, add_special_tokens=False)
+        answer, end = tokenizer.conversation.learned(tokenizer, item.answer, item.metadata, item.next_role)
         if len(prompt) > max_source_length:
             prompt = [*prefix, *prompt[-kept:]]
             cut_prompts += 1
@@ -142,6 +158,6 @@ def make_examples(tokenizer, rounds, max_source_length, max_target_length, progr
             answer = answer[:max_target_length]
             cut_answers += 1
         else:
-            answer.append(tokenizer.eos_token_id)
+            answer.append(end)
         rows.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
     return Examples(rows, cut_prompts, cut_answers)

@@ -98,9 +98,9 @@ class DataArguments:
         if self.train_file is None:
             raise ValueError("--train_file is missing: give a jsonl file.")
 
-    def read(self, path):
+    def read(self, path, roles=()):
         columns = (self.prompt_column, self.response_column, self.history_column, self.messages_column)
-        return read_rounds(path, *columns)
+        return read_rounds(path, *columns, roles=roles)
 
 
 @dataclass
@@ -211,7 +211,7 @@ class StopAtNonFiniteLoss(TrainerCallback):
 
 def examples(path, data, tokenizer, config, progress=True):
     """Rows of ids and labels; prints how many were cut."""
-    rounds = data.read(path)
+    rounds = data.read(path, tokenizer.conversation.roles)
     made = make_examples(tokenizer, rounds, data.max_source_length, data.max_target_length, progress)
     longest = max(range(len(made.rows)), key=lambda i: len(made.rows[i]["input_ids"]))
     length = len(made.rows[longest]["input_ids"])

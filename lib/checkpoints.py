@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny"
+TINY3 = ROOT / "examples" / "tiny3"  # a ChatGLM3
 PREFIX_FILE, PREFIX = "pytorch_model.bin", "transformer.prefix_encoder."
 
 

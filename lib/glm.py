@@ -36,6 +36,22 @@ def refusals(config):
     return [f"{k}={getattr(config, k)}: {cure}." for k, allowed, cure in checks if getattr(config, k) != allowed]
 
 
+def tokenizer_refusals(tokenizer):
+    """What an exported tokenizer cannot express of a ChatGLMTokenizer: a list of messages."""
+    problems = []
+    if tokenizer.conversation.roles:
+        problems.append(
+            f"model_family={tokenizer.model_family}: the exported tokenizer has no tokens for roles, and its prompt is "
+            "ChatGLM2's. Use the folder as it is."
+        )
+    if not tokenizer.tokenizer.sp_model.EncodeAsPieces("x")[0].startswith("▁"):
+        problems.append(
+            "tokenizer.model puts no space in front of a text, as CodeGeeX2's: the exported tokenizer would. Use the "
+            "folder as it is."
+        )
+    return problems
+
+
 def glm_config(config):
     """GlmConfig of the network that the ChatGLMConfig `config` describes.
 

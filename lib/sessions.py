@@ -40,13 +40,10 @@ class Session:
         """
         same = common_length(self.turns, history) if system == self.system else 0
         known = max((turns for turns in self.ends if turns <= same), default=0)
-        whole = tokenizer.build_prompt(query, history, system)
+        conversation = tokenizer.conversation
         if not known:
-            return tokenizer(whole)["input_ids"], 0
-        last, answer = history[known - 1]
-        new = whole[len(tokenizer.build_prompt(last, history[: known - 1], system) + answer) :]
-        new_ids = tokenizer.encode_continuation(new)
-        return self.ids[: self.ends[known]] + new_ids, known
+            return conversation.prompt(tokenizer, query, conversation.from_rounds(history), system=system), 0
+        return self.ids[: self.ends[known]] + conversation.after(tokenizer, query, history, known), known
 
     def crop(self, ids, held):
         """Leave what `ids` begin with, but not all of them, of the `held` tokens in the cache; return their number."""
@@ -131,7 +128,7 @@ class Sessions:
                     session.ids = ids[0].tolist()
                     now, count = time.monotonic(), len(session.ids) - len(prompt)
                     first = first or now
-                    answer = tokenizer.without_half_character(session.ids[len(prompt) :])
+                    answer = tokenizer.without_half_character(tokenizer.without_stop(session.ids[len(prompt) :]))
                     whole = model.process_response(tokenizer.decode(answer))
                     rate = (count - 1) / (now - first) if count > 1 else 0.0
                     progress = Progress(

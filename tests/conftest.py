@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from checkpoints import ROOT, TINY  # noqa: E402
+from checkpoints import ROOT, TINY, TINY3  # noqa: E402, F401
 
 SHARED = ROOT.parent / "shared"
 CODE_FILES = sorted(ROOT.glob("*.py"))

@@ -55,11 +55,11 @@ def test_chain_of_thought_asks_twice(make_judge, questions, tiny_model, tokenize
     assert make_judge(8).reasoned_letters(questions) == expected
 
 
-def test_examples_that_do_not_fit_are_left_out(make_judge, questions, tiny_model):
+def test_examples_that_do_not_fit_are_left_out(make_judge, questions, tiny_model, tokenizer):
     """The oldest go first; a question that does not fit by itself is named."""
     judge, limit = make_judge(1), tiny_model.config.seq_length
     long = Question("0", "长" * (limit // 2), "A", "there")
-    prompt = judge.prompt(questions[0], [long, long, questions[1]])
+    prompt = tokenizer.decode(judge.prompt(questions[0], [long, long, questions[1]]))
     assert prompt.startswith("[Round 1]") and questions[1].text in prompt and prompt.count("长") == limit // 2
     with pytest.raises(ValueError, match=rf"there: \d+ tokens, and {limit - 600} fit"):
         judge.prompt(long, reserved=600)

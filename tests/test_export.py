@@ -74,7 +74,7 @@ def no_remote_code():
             marks=pytest.mark.needs_transformers("4.48", "a GLM that reads rope_scaling"),
         ),
         {"rope_ratio": 50.0, "rope_ratio_type": "base"},  # ChatGLM3-6B-32K
-        {"seq_length": 8192, "layernorm_epsilon": 1e-5},  # CodeGeeX2-6B
+        {"seq_length": 8192, "model_family": "codegeex2"},
         {"multi_query_attention": False},
         {"add_qkv_bias": False},
     ],

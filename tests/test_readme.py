@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import CODE_FILES, ROOT, TINY, import_file
 
-FOLDERS = (".", "benchmarks", "docs", "evaluation", "examples/tiny", "export", "finetune", "tests")
+FOLDERS = (".", "benchmarks", "docs", "evaluation", "examples/tiny", "examples/tiny3", "export", "finetune", "tests")
 PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 NEED_TOOLS = ("evaluation/README.md", "finetune/README.md")  # pages whose blocks need what `make tools` installs

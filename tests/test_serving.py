@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,12 +37,10 @@ def folder_and_options(request, tmp_path_factory):
     return folder, options
 
 
-@pytest.fixture(scope="module")
-def server(folder_and_options, tmp_path_factory):
-    """Base URL and process number of `transformers serve`."""
-    folder, options = folder_and_options
+@contextmanager
+def serving(folder, log, *options):
+    """(base URL, process number) of `transformers serve` for this folder."""
     port = free_port()
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
     command = [TRANSFORMERS, "serve", folder, "--trust-remote-code", "--device", "cpu", "--port", str(port)]
     with log.open("w") as f:
         process = subprocess.Popen([*command, *options], stdout=f, stderr=f, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -51,6 +50,13 @@ def server(folder_and_options, tmp_path_factory):
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def server(folder_and_options, tmp_path_factory):
+    folder, options = folder_and_options
+    with serving(folder, tmp_path_factory.mktemp("serve") / "log.txt", *options) as url_and_number:
+        yield url_and_number
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
-"""Train the checkpoint of this folder: a small ChatGLM2 that memorizes `dialogues.jsonl`.
+"""Train the carried checkpoints: a small ChatGLM2 and a small ChatGLM3 that memorize their `dialogues.jsonl`.
 
-    python examples/tiny/train.py            # about 10 minutes on two cores, seeded
+    python examples/tiny/train.py            # this folder: about 10 minutes on two cores, seeded
+    python examples/tiny/train.py tiny3      # ../tiny3, with this folder's tokenizer: about 4 minutes
 
 It trains a SentencePiece BPE with byte fallback on the dialogues, then a ChatGLM2 of 3.5 million parameters with
 transformers' Trainer, and checks that greedy decoding gives every answer, also in int8 and int4. In half of the steps
 a weight is rounded to int4, with a straight-through gradient (Bengio et al., 2013, arXiv:1308.3432), so that the
-answers survive quantization.
+answers survive quantization. The ChatGLM3 has 1.2 million parameters and dialogues with system messages and tools.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 FOLDER = Path(__file__).resolve().parent
+TINY3 = FOLDER.parent / "tiny3"
 REPOSITORY = FOLDER.parent.parent
 SHAPE = {
     "num_layers": 4,
@@ -40,6 +42,7 @@ SHAPE = {
     "multi_query_group_num": 2,
     "seq_length": 1024,
 }
+SHAPE3 = {**SHAPE, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 4, "seq_length": 8192}
 
 
 def read_dialogues():
@@ -88,6 +91,22 @@ def examples(dialogues, tokenizer):
     return rows
 
 
+def read_messages():
+    """The messages of every dialogue of the ChatGLM3."""
+    with open(TINY3 / "dialogues.jsonl", encoding="utf-8") as f:
+        return [json.loads(line)["messages"] for line in f]
+
+
+def message_examples(dialogues, tokenizer):
+    """One example per dialogue; labels on every answer and on the token that ends it."""
+    rows = []
+    for messages in dialogues:
+        row = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        labels = [i if learned else -100 for i, learned in zip(row["input_ids"], row["assistant_masks"])]
+        rows.append({"input_ids": row["input_ids"], "labels": labels})
+    return rows
+
+
 class RandomlyRounded(torch.nn.Module):
     """While training, a weight rounded to int4 with probability one half; the gradient is passed to the weight."""
 
@@ -102,14 +121,14 @@ def block_linears(model):
     return [layer for layer in model.transformer.encoder.modules() if isinstance(layer, torch.nn.Linear)]
 
 
-def train(model, tokenizer, rows, epochs, seed):
+def train(model, tokenizer, rows, epochs, seed, batch_size):
     for layer in block_linears(model):
         parametrize.register_parametrization(layer, "weight", RandomlyRounded())
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=epochs,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=batch_size,
             train_sampling_strategy="group_by_length",
             learning_rate=2e-3,
             lr_scheduler_type="cosine",
@@ -142,35 +161,61 @@ def wrong_answers(model, tokenizer, dialogues, batch_size=64):
     return wrong
 
 
+def wrong_messages(model, tokenizer, dialogues):
+    """(query, answers, given) of every message that greedy chat answers with other messages."""
+    wrong = []
+    for messages in dialogues:
+        for i, message in enumerate(messages):
+            if message["role"] in ("user", "observation"):
+                end = next((j for j in range(i + 1, len(messages)) if messages[j]["role"] != "assistant"), None)
+                options = {"role": message["role"], "do_sample": False, "max_new_tokens": 160}
+                _, history = model.chat(tokenizer, message["content"], messages[:i], **options)
+                if history != messages[:end]:
+                    wrong.append((message["content"], messages[i + 1 : end], history[i + 1 :]))
+    return wrong
+
+
+def make_tiny(args):
+    """(folder, dialogues, tokenizer, examples, configuration, a function of wrong answers)."""
+    dialogues = read_dialogues()
+    tokenizer = train_tokenizer(dialogues, args.vocab_size)
+    return FOLDER, dialogues, tokenizer, examples(dialogues, tokenizer), SHAPE, wrong_answers
+
+
+def make_tiny3(args):
+    dialogues, tokenizer = read_messages(), AutoTokenizer.from_pretrained(TINY3, trust_remote_code=True)
+    shape = {**SHAPE3, "model_family": "chatglm3", "rope_ratio_type": "base", "eos_token_id": tokenizer.stop_ids()}
+    return TINY3, dialogues, tokenizer, message_examples(dialogues, tokenizer), shape, wrong_messages
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("checkpoint", nargs="?", default="tiny", choices=["tiny", "tiny3"])
+    parser.add_argument("--epochs", type=int, help="default: 50, or 60 for tiny3")
     parser.add_argument("--vocab-size", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     set_seed(args.seed)
 
-    dialogues = read_dialogues()
-    tokenizer = train_tokenizer(dialogues, args.vocab_size)
-    rows = examples(dialogues, tokenizer)
+    make, epochs, batch_size = {"tiny": (make_tiny, 50, 16), "tiny3": (make_tiny3, 60, 4)}[args.checkpoint]
+    target, dialogues, tokenizer, rows, shape, find_wrong = make(args)
     padded = -len(tokenizer) % 64 + len(tokenizer)
-    config = AutoConfig.from_pretrained(REPOSITORY, trust_remote_code=True, padded_vocab_size=padded, **SHAPE)
+    config = AutoConfig.from_pretrained(REPOSITORY, trust_remote_code=True, padded_vocab_size=padded, **shape)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{len(dialogues)} dialogues, {len(rows)} rounds, {len(tokenizer)} tokens, {size / 1e6:.2f}M parameters")
+    print(f"{len(dialogues)} dialogues, {len(rows)} examples, {len(tokenizer)} tokens, {size / 1e6:.2f}M parameters")
 
-    train(model, tokenizer, rows, args.epochs, args.seed)
+    train(model, tokenizer, rows, args.epochs or epochs, args.seed, batch_size)
     with tempfile.TemporaryDirectory() as folder:
         model.config.use_cache = model.generation_config.use_cache = True  # the Trainer disables it
         model.half().save_pretrained(folder)
         for name in ("model.safetensors", "config.json", "generation_config.json"):
-            shutil.copy(Path(folder) / name, FOLDER)
+            shutil.copy(Path(folder) / name, target)
 
     for bits in (0, 8, 4):
-        model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, dtype=torch.float32)
-        wrong = wrong_answers(model.quantize(bits).eval(), tokenizer, dialogues)
-        rounds = sum(map(len, dialogues))
-        print(f"{f'int{bits}' if bits else 'float'}: {rounds - len(wrong)} of {rounds} rounds answered as in the data")
+        model = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True, dtype=torch.float32)
+        wrong = find_wrong(model.quantize(bits).eval(), tokenizer, dialogues)
+        print(f"{f'int{bits}' if bits else 'float'}: {len(wrong)} rounds are not answered as in the data")
         for prompt, answer, given in wrong[:5]:
             print(f"    {prompt!r}: {given!r}, not {answer!r}")
 

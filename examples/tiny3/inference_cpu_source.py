@@ -1,0 +1,1 @@
+../../inference_cpu_source.py

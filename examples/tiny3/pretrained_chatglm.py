@@ -1,0 +1,1 @@
+../../pretrained_chatglm.py
