@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .inference_cpu import attention as cpu_attention
+from .inference_cpu import attention as attention_in_c
 from .inference_cpu import computes_attention
 from .torch_compat import is_compiling
 from .transformers_compat import (
@@ -72,6 +72,12 @@ def sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0
         output = torch.cat([attend(q, k.expand(-1, group_size, -1, -1), v.expand(-1, group_size, -1, -1))
                             .transpose(1, 2) for q, k, v in groups], dim=2)  # fmt: skip
     return output.to(dtype), None
+
+
+def cpu_attention(module, query, *args, **kwargs):
+    """The C code; torch's where accelerate has moved this layer to another device than the embedding's."""
+    attend = attention_in_c if query.device.type == "cpu" else sdpa_attention
+    return attend(module, query, *args, **kwargs)
 
 
 # keyword arguments that `forward` passes to the attention function

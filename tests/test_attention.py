@@ -119,3 +119,13 @@ def test_causal_mask_matches_its_definition(make_config, cached):
             place = cached + query
             seen = [k for k in range(cached + 5) if k == place or (k <= place and real[row, k])]
             assert mask[row, 0, query].nonzero().flatten().tolist() == seen
+
+
+def test_layers_on_another_device_than_the_embedding(make_model):
+    """The C code, chosen by the embedding's device, leaves tensors on other devices to torch."""
+    from chatglm2.attention_chatglm import cpu_attention
+
+    layer = make_model().transformer.encoder.layers[0].self_attention
+    query, key = torch.empty(1, 4, 1, 16, device="meta"), torch.empty(1, 2, 5, 16, device="meta")
+    output, _ = cpu_attention(layer, query, key, key, None, scaling=0.25)
+    assert output.is_meta and output.shape == (1, 1, 4, 16)
