@@ -48,8 +48,8 @@ class ChatTemplateMixin:
         if return_dict is None:
             parameters = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters
             return_dict = "return_dict" in parameters and parameters["return_dict"].default
-        goes_on = kwargs.get("continue_final_message")
-        learned = tokenize and not (add_generation_prompt or goes_on)
+        continued = kwargs.get("continue_final_message")
+        learned = tokenize and not (add_generation_prompt or continued)
         if return_assistant_tokens_mask and not (learned and return_dict):
             raise ValueError(
                 "return_assistant_tokens_mask=True needs return_dict=True and tokenize=True, and neither "
@@ -60,13 +60,13 @@ class ChatTemplateMixin:
                 raise ValueError("chat_template: ChatGLM3's ids are made from the messages. Pass tokenize=False too.")
             if documents is not None:
                 raise ValueError("documents: ChatGLM3 was not trained with any. Write them into a message.")
-            if add_generation_prompt and goes_on:
+            if add_generation_prompt and continued:
                 raise ValueError("add_generation_prompt begins an answer, continue_final_message goes on: pass one.")
             batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
             rows = conversation if batched else [conversation]
             encode = partial(self.conversation.encoded, self, add_generation_prompt=add_generation_prompt, tools=tools)
             ids, masks = zip(*map(encode, rows))
-            if goes_on:
+            if continued:
                 ids = [row[:-1] if row[-1] == self.eos_token_id else row for row in ids]
             options = padding, truncation, max_length, return_tensors, return_assistant_tokens_mask
             return self._chat_inputs(ids, masks, batched, return_dict, *options, tokenizer_kwargs)

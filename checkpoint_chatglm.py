@@ -240,6 +240,18 @@ def check_names(folder, model, tensors, report):
         )
 
 
+def check_shapes(model, tensors, error):
+    """Raise ValueError from `error` if tensors of a checkpoint have other shapes than those of the empty `model`."""
+    stored = {within_base(name): tensor for name, tensor in tensors.items()}
+    for name, parameter in model.named_parameters():
+        tensor = stored.get(within_base(name))
+        if tensor is not None and tuple(tensor.shape) != tuple(parameter.shape):
+            raise ValueError(
+                f"{tensor.path}: {name} has shape {list(tensor.shape)}, but by config.json {list(parameter.shape)}. "
+                "Give the config.json of these weights."
+            ) from error
+
+
 def within_base(name):
     """A tensor's name in ChatGLMModel, for all three classes."""
     prefix = "transformer."

@@ -20,7 +20,7 @@ PLACEHOLDER, TRAINING_DATE = "[[训练时间]]", "2023年"  # the released model
 
 
 def checked_family(name):
-    """Return `name`. Raises ValueError if it is no model of the family."""
+    """Return `name`. Raises ValueError if it is not a model of the family."""
     if name not in FAMILIES:
         raise ValueError(
             f"model_family={name!r} in config.json or tokenizer_config.json must be one of {FAMILIES}. Without "

@@ -294,16 +294,14 @@ class ChatMixin:
         if settings.get("stop_strings") or getattr(given, "stop_strings", None):
             settings["tokenizer"] = tokenizer
         new = given.max_new_tokens if kwargs.get("max_new_tokens") is None else kwargs["max_new_tokens"]
-        if new is not None:
-            self._check_room(prompt_length, new)
-        elif "generation_config" not in kwargs:
+        if new is None and "generation_config" not in kwargs:
             limit = self.config.seq_length
             settings["max_length"] = limit if max_length is None else min(max_length, limit)
             if prompt_length >= settings["max_length"]:
+                cure = f" or raise max_length up to {limit}" if settings["max_length"] < limit else ""
                 raise ValueError(
                     f"The prompt has {prompt_length} tokens, which leaves none for an answer: max_length={max_length}, "
-                    f"seq_length={self.config.seq_length}. Shorten the query, drop rounds with max_history_tokens, or "
-                    "raise max_length up to seq_length."
+                    f"seq_length={limit}. Shorten the query, drop old rounds (max_history_tokens){cure}."
                 )
         settings["logits_processor"] = LogitsProcessorList([*(logits_processor or []), InvalidScoreLogitsProcessor()])
         return settings
@@ -375,14 +373,13 @@ class ChatMixin:
         `return_past_key_values` it yields (ids, cache).
 
         Raises:
-            ValueError: prompt and `max_new_tokens` exceed `seq_length`; beam search, which cannot be streamed; and as
-                `generate`.
+            ValueError: beam search, which cannot be streamed; and as `generate`.
         """
-        new = kwargs.get("max_new_tokens") or getattr(generation_config, "max_new_tokens", None)
-        self._check_room(input_ids.shape[1], new or 1)
         cache = take_cache(kwargs)
         if return_past_key_values and cache is None:
             cache = DynamicCache()
+        if (kwargs.get("num_beams") or getattr(generation_config, "num_beams", 1) or 1) > 1:
+            raise ValueError("Beams cannot be streamed: set num_beams=1, or use chat or generate.")
         if "streamer" in kwargs:
             raise ValueError("stream_generate does not take a streamer: iterate over it, or use generate.")
         generate = partial(

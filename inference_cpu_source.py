@@ -5,8 +5,8 @@ heads of a group for one token, then for the next. So the keys and values of a g
 and a softmax takes no sums across lanes. Both products are the same loop: floats broadcast from memory times vectors,
 queries in the first product and values in the second.
 
-The context is divided into stretches, which threads share. Each has a softmax of its own, as its largest score, its sum
-and its output, and one combine joins them.
+A long context is split into stretches of keys for several threads, as in Flash-Decoding. Each has its own softmax (its
+largest score, its sum and its output), and a last pass combines them.
 """
 
 from .quantization_cpu_source import HEAD

@@ -10,7 +10,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .checkpoint_chatglm import check_names, quantization_changes, read_checkpoint
+from .checkpoint_chatglm import check_names, check_shapes, quantization_changes, read_checkpoint
 from .configuration_chatglm import ChatGLMConfig
 from .quantization import quantize
 from .quantization_loading import lay_out, missing_quantized_weights_error  # this registers quant_method "chatglm"
@@ -35,7 +35,7 @@ def offloaded_checkpoint(function, *args, **options):
 
 
 def as_device(device):
-    """torch.device(device), or None for None. Raises ValueError for what is no device."""
+    """torch.device(device), or None for None. Raises ValueError if it is not a device."""
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -115,9 +115,16 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
             elif changes:
                 config = copy.deepcopy(config)
                 config.update(changes)
-        model, report = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, config=config, **kwargs
-        )
+        try:
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, config=config, **kwargs
+            )
+        except RuntimeError as error:
+            if "mismatch" in str(error) and tensors:
+                known.update(changes)
+                with torch.device("meta"):
+                    check_shapes(cls(known), tensors, error)
+            raise
         unscaled = sorted(name for name in report["missing_keys"] if name.endswith(".weight_scale"))
         if unscaled:  # float weights, which most releases of transformers have truncated to int8
             raise missing_quantized_weights_error(model.config.quantization_bit, f"no {unscaled[0]}")
@@ -180,7 +187,7 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
         offload: keep the inputs that recomputing needs in host memory. activation_checkpointing_kwargs: passed to
         torch.utils.checkpoint.checkpoint; the default is non-reentrant.
         """
-        options = activation_checkpointing_kwargs or {"use_reentrant": False}
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         for i, block in enumerate(self.base_model.encoder.layers):
             block.gradient_checkpointing = i % every_n_layers == 0
             block.checkpoint = partial(offloaded_checkpoint if offload else checkpoint, **options)

@@ -33,9 +33,9 @@ class SPTokenizer:
 
     def __init__(self, model_path, commands=COMMANDS, shown=()):
         if model_path is None or not os.path.isfile(model_path):
+            looked = f" (looked for {model_path})" if model_path else ""
             raise ValueError(
-                f"tokenizer.model is missing (looked for {model_path}). It comes with the weights: copy it into the "
-                "model directory."
+                f"tokenizer.model is missing{looked}. It comes with the weights: copy it into the model directory."
             )
         self.sp_model = SentencePieceProcessor()
         try:

@@ -11,10 +11,10 @@ Type a message and press Enter. Ctrl-C stops an answer; `clear` forgets the conv
 
 import signal
 
-if __name__ == "__main__":  # until the chat begins, Ctrl-C ends the program without a word
+if __name__ == "__main__":  # until the chat begins, Ctrl-C ends the program without a traceback
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "SIGPIPE"):  # and so does the end of who reads the answers
+    if hasattr(signal, "SIGPIPE"):  # as does a closed pipe
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from starting import importing
 
-with importing():
+with importing("chat"):
     import torch
     from checkpoints import TINY, held_in
     from conversation import Conversation

@@ -102,9 +102,11 @@ class Conversation:
 
         What is left takes half of the limit, because it is encoded again.
         """
-        room = self.settings.get("max_new_tokens") or self.limit // 8
+        asked = self.settings.get("max_new_tokens")
+        room = asked or self.limit // 8
         kept, rounds = self.form.split(self.history)
-        if self._tokens(query, self.history) + room <= self.limit or self._tokens(query, kept) >= self.limit:
+        fits = self._tokens(query, self.history) + room <= self.limit
+        if fits or self._tokens(query, kept) + (asked or 1) > self.limit:  # too much for an empty conversation, too
             return 0
         dropped = 0
         while dropped < len(rounds) and self._tokens(query, kept + sum(rounds[dropped:], [])) + room > self.limit // 2:

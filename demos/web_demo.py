@@ -18,7 +18,7 @@ from typing import Optional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from starting import importing
 
-with importing():
+with importing("web"):
     import gradio as gr
     from chatglm2.tokenization_chatglm import check_unicode
     from checkpoints import TINY, held_in

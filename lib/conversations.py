@@ -9,7 +9,7 @@ def read_conversation(text):
     """(the system prompt or "", [(role, content)]) of a file's text.
 
     Raises:
-        ValueError: it is no conversation of one system message at most, and text by user and assistant.
+        ValueError: it is not a conversation: at most one system message, first, then text by user and assistant.
     """
     try:
         messages = json.loads(text)["messages"]

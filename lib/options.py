@@ -72,7 +72,7 @@ def model_parser(description):
         type=int,
         default=0,
         choices=[0, 4, 8],
-        help="quantize the weights to this many bits; for a chat on a CPU embedding and output layer, too, to int8",
+        help="quantize the weights to this many bits; for a chat on a CPU embedding and output layer to int8 as well",
     )
     return parser
 
@@ -146,5 +146,7 @@ def load_or_exit(args):
         logging.disable_progress_bar()
     try:
         return load(args)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise SystemExit(f"{args.model} on {args.device}: {error}") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise SystemExit(f"{args.model}, --device {args.device}: {error}") from None

@@ -40,7 +40,7 @@ def test_options(options):
 def test_missing_folder_is_named():
     """A wrong --model ends with one line."""
     done = run("", "--model", "/nowhere")
-    assert done.returncode == 1 and done.stderr.decode().startswith("/nowhere on cpu: /nowhere is not a directory")
+    assert done.returncode == 1 and done.stderr.decode().startswith("/nowhere is not a directory")
 
 
 def test_invalid_folder_is_one_message(tmp_path):

@@ -41,7 +41,17 @@ def test_limits_of_a_generation_config_end_at_seq_length(model, limits, whose):
     else:
         given["generation_config"] = settings
     assert model.generate(some_ids(2, 30), **given).shape == (2, 40)
+    *_, last = model.stream_generate(some_ids(2, 30), **given)
+    assert last.shape == (2, 40)
     assert {name: getattr(settings, name) for name in limits} == limits
+
+
+def test_chat_ends_there_too(make_model, tokenizer):
+    model = make_model(padded_vocab_size=1664, seq_length=40)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=1024)
+    _, ((_, answer),) = model.chat(tokenizer, "你好", generation_config=settings)
+    *_, (streamed, _) = model.stream_chat(tokenizer, "你好", generation_config=settings)
+    assert streamed == answer
 
 
 def test_what_fits_exactly_is_generated(model):

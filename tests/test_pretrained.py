@@ -26,12 +26,13 @@ def test_gradient_checkpointing_preserves_gradients(make_model, changes):
         torch.testing.assert_close(gradients[1][name], gradient, **CLOSE)
 
 
-def test_gradient_checkpointing_is_non_reentrant(make_model):
+@pytest.mark.parametrize("options", [None, {"preserve_rng_state": False}])
+def test_gradient_checkpointing_is_non_reentrant(make_model, options):
     """Only non-reentrant checkpointing computes gradients if no input requires one, as with LoRA."""
     model = make_model().train()
     model.requires_grad_(False)
     model.transformer.encoder.layers[0].self_attention.dense.weight.requires_grad_(True)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     ids = some_ids()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert model.transformer.encoder.layers[0].self_attention.dense.weight.grad.abs().sum() > 0

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 import torch
-from chatglm2.generation_chatglm import stream
-from model_helpers import GREEDY, Forbid
+from chatglm2.streaming_chatglm import stream
+from model_helpers import GREEDY, Forbid, some_ids
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 
@@ -179,3 +179,10 @@ def test_autocast_dtype_on_older_torch(monkeypatch):
                 answers.append(autocast_dtype("cpu"))
             assert autocast_dtype("cpu") == answers[-1]
     assert answers == [None, torch.bfloat16]
+
+
+def test_beams_cannot_be_streamed(make_model):
+    """An error, whether sampling or not; sampling beams used to end without a token."""
+    for sampling in (True, False):
+        with pytest.raises(ValueError, match="Beams cannot be streamed: set num_beams=1"):
+            next(make_model().stream_generate(some_ids(1), num_beams=2, do_sample=sampling))
