@@ -118,8 +118,12 @@ class Rounds:
         return tokenizer.encode_continuation("\n\n" + tokenizer.build_round(len(history) + 1, query))
 
     def from_rounds(self, rounds):
-        """A history of these rounds, (query, response)."""
+        """A history of these rounds, (query, text of the answer)."""
         return rounds
+
+    def next_role(self, history):
+        """Whose turn it is: the user's, or that of a tool that the last message calls."""
+        return "user"
 
     def after(self, tokenizer, query, rounds, known):
         """The ids behind the response of round `known` of a prompt: of the later rounds, and of `query`."""
@@ -236,12 +240,27 @@ class Roles:
         return self.message(tokenizer, role, "", query) + [tokenizer.get_command("<|assistant|>")]
 
     def from_rounds(self, rounds):
-        """A history of these rounds, (query, response)."""
-        return [{"role": role, "content": text} for turn in rounds for role, text in zip(("user", "assistant"), turn)]
+        """A history of these rounds, (query, text of the answer). What follows the call of a tool is its result."""
+        history = []
+        for query, text in rounds:
+            history.append({"role": self.next_role(history), "content": query})
+            for part in text.split("<|assistant|>"):
+                name, _, code = part.strip().partition("\n")
+                called = called_with("\n".join(code.split("\n")[1:-1])) is not None
+                content = {"metadata": name.strip(), "content": code.strip()} if called else {"content": part.strip()}
+                history.append({"role": "assistant", **content})
+        return history
+
+    def next_role(self, history):
+        """Whose turn it is: the user's, or that of a tool that the last message calls."""
+        return "observation" if history and history[-1].get("metadata") else "user"
 
     def after(self, tokenizer, query, rounds, known):
         """The ids behind the response of round `known` of a prompt: of the later rounds, and of `query`."""
-        return self.messages(tokenizer, self.from_rounds(rounds[known:])) + self.next_round(tokenizer, query, [])
+        history, first = self.from_rounds(rounds), len(self.from_rounds(rounds[:known]))
+        return self.messages(tokenizer, history[first:]) + self.next_round(
+            tokenizer, query, [], self.next_role(history)
+        )
 
     def opening(self, tokenizer):
         """The ids in front of the text of an answer: its first line, which names no tool."""

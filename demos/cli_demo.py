@@ -39,19 +39,11 @@ def parse_arguments(arguments=None):
     parser = chat_parser(__doc__)
     parser.add_argument("--seed", type=int, help="make sampled answers reproducible")
     parser.add_argument("--system", default="", help="instructions in front of the conversation")
-    parser.add_argument("--tools", type=json_file, help="ChatGLM3: a JSON file with the tools that it may call")
     parser.add_argument("--stats", action="store_true", help="show tokens/s and the context used after each answer")
     parser.add_argument(
         "--max-length", type=SETTINGS["max_new_tokens"], default=8192, help="tokens of conversation and answer"
     )
     return parser.parse_args(arguments)
-
-
-def json_file(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
 
 
 def write(text):

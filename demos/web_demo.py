@@ -290,7 +290,11 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     model, tokenizer = load_or_exit(args)
     print(f"{args.model}: {held_in(model)}, on {model.device}.", flush=True)
-    page = build(Sessions(model, tokenizer, args.cached_chats, int(args.cache_gb * 1e9)), args)
+    try:
+        sessions = Sessions(model, tokenizer, args.cached_chats, int(args.cache_gb * 1e9), args.tools)
+    except ValueError as error:
+        raise SystemExit(f"--tools: {error}") from None
+    page = build(sessions, args)
     launch(page, server_name=args.host, server_port=args.port, share=args.share)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -54,6 +55,13 @@ def device(text):
         raise argparse.ArgumentTypeError(f"give auto, cpu, cuda, cuda:1 or mps, not {text}") from None
 
 
+def json_file(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+
+
 def model_parser(description):
     """A parser of the options about the model: which weights, on which device, in which precision."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,6 +90,7 @@ def chat_parser(description):
     parser = model_parser(description)
     parser.set_defaults(head=True)
     add = parser.add_argument
+    add("--tools", type=json_file, help="ChatGLM3: a JSON file with the tools that it may call")
     add("--save", metavar="FOLDER", help="keep the quantized weights in this new folder, to be started from later")
     add("--max-new-tokens", type=SETTINGS["max_new_tokens"], help="maximum length of an answer (default: what fits)")
     add(

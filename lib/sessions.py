@@ -33,7 +33,7 @@ class Session:
     turns: list = field(default_factory=list)  # (query, answer)
     ends: dict = field(default_factory=dict)  # number of turns -> number of ids, where the ids are known
 
-    def prompt(self, tokenizer, query, history, system):
+    def prompt(self, tokenizer, query, history, system, tools):
         """(the ids of a prompt, the number of turns whose ids were known).
 
         An answer keeps the ids that were generated: its text may split into others.
@@ -42,7 +42,11 @@ class Session:
         known = max((turns for turns in self.ends if turns <= same), default=0)
         conversation = tokenizer.conversation
         if not known:
-            return conversation.prompt(tokenizer, query, conversation.from_rounds(history), system=system), 0
+            past = conversation.from_rounds(history)
+            role = conversation.next_role(past)
+            if tools:
+                past, system = conversation.offer(tools, system) + list(past), ""
+            return conversation.prompt(tokenizer, query, past, role, system), 0
         return self.ids[: self.ends[known]] + conversation.after(tokenizer, query, history, known), known
 
     def crop(self, ids, held):
@@ -67,10 +71,17 @@ class Sessions:
     Args:
         most: number of idle sessions.
         most_bytes: memory of their caches together.
+        tools: what ChatGLM3 may call. The call is an answer, and the next message is what the tool returned.
+
+    Raises:
+        ValueError: tools for a model that calls none.
     """
 
-    def __init__(self, model, tokenizer, most=16, most_bytes=2 << 30):
+    def __init__(self, model, tokenizer, most=16, most_bytes=2 << 30, tools=None):
         self.model, self.tokenizer, self.most, self.most_bytes = model, tokenizer, most, most_bytes
+        self.tools = tools
+        if tools:
+            tokenizer.conversation.offer(tools)
         self.idle, self.busy = OrderedDict(), {}
         self.lock = threading.Lock()
 
@@ -108,7 +119,7 @@ class Sessions:
 
     def _answer(self, session, query, history, system, temperature=0.8, top_p=0.8, logits_processor=(), **settings):
         model, tokenizer, start = self.model, self.tokenizer, time.monotonic()
-        prompt, known = session.prompt(tokenizer, query, history, system)
+        prompt, known = session.prompt(tokenizer, query, history, system, self.tools)
         cached = session.crop(prompt, model.transformer.count_cached_tokens(session.cache))
         session.ids, session.system, session.turns = prompt, system, history
         session.ends = {turns: end for turns, end in session.ends.items() if turns <= known}

@@ -205,3 +205,22 @@ def test_exports_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="model_family=chatglm3: .*prompt"):
         to_glm.export(TINY3, tmp_path / "glm")
+
+
+def test_the_page_calls_a_tool(model, three, dialogues):
+    """A call is an answer of the page, and the next message its result, encoded alone; a lost session goes on, too."""
+    messages = asked(dialogues, TIMES)
+    tools, wanted = messages[0]["tools"], [message["content"] for message in messages if message["role"] == "assistant"]
+    sessions, settings = Sessions(model, three, tools=tools), {"temperature": 0, "max_new_tokens": 80}
+    *_, call = sessions.stream("a", TIMES, [], **settings)
+    assert call.text == f"calculate\n {wanted[0]}"
+    for page in (sessions, Sessions(model, three, tools=tools)):
+        *_, answer = page.stream("a", "408", [(TIMES, call.text)], **settings)
+        assert answer.text == wanted[1] == "12 乘以 34 等于 408。"
+        assert (answer.encoded < 12) == (page is sessions)
+
+
+def test_tools_are_for_chatglm3(tiny_model, tokenizer):
+    """ChatGLM2 calls none: the page says so before it starts."""
+    with pytest.raises(ValueError, match="only ChatGLM3 calls tools"):
+        Sessions(tiny_model, tokenizer, tools=[{"name": "f"}])

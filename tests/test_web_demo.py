@@ -5,7 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, until
+from conftest import ROOT, TINY3, until
 from web_helpers import DIALOGUES, SPAIN, SUN, Chat, chromium, command, has_ended
 
 pytestmark = pytest.mark.tools
@@ -306,6 +306,19 @@ def test_users_do_not_mix(serve, concurrency):
     assert answers == [[answer for _, answer in dialogue] for dialogue in dialogues]
     switches = sum(a != b for a, b in zip(served.steps, served.steps[1:]))
     assert switches == 3 if concurrency == 1 else switches > 6
+
+
+def test_tools(open_chat):
+    """A ChatGLM3's call of a tool is shown; the next message is what the tool returned, and it answers with that."""
+    with command("--model", str(TINY3), "--tools", str(TINY3 / "tools.json")) as url:
+        chat = open_chat(url)
+        for text, answer in (
+            ("12 乘以 34 等于多少？", "tool_call(a=12, operator='*', b=34)"),
+            ("408", "12 乘以 34 等于 408。"),
+        ):
+            chat.ask(text)
+            chat.wait_until(lambda answer=answer: any(answer in shown for shown in chat.texts("bot")), f"no {answer}")
+            chat.wait_until_ready()
 
 
 def test_half_a_surrogate_pair_is_refused(tiny_model, tokenizer):

@@ -28,10 +28,11 @@ FLAGS = (
 
 
 @contextmanager
-def command():
+def command(*options):
     """The address of `python demos/web_demo.py`, run as a person runs it."""
     port = free_port()
     arguments = [str(ROOT / "demos" / "web_demo.py"), "--device", "cpu", "--temperature", "0", "--port", str(port)]
+    arguments += options
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
