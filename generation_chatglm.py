@@ -15,7 +15,7 @@ from .attention_chatglm import KEYWORDS, causal_mask
 from .checkpoint_chatglm import shorten
 from .family_chatglm import PLACEHOLDER, Roles, with_date
 from .streaming_chatglm import stream
-from .transformers_compat import CACHE, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, drafts, is_static, take_cache
+from .transformers_compat import CACHE_NAMES, KEEPS_EMPTY_MASKS, DynamicCache, crop_cache, drafts, is_static, take_cache
 
 # Drafts: tokens that a step checks instead of computing them one by one
 
@@ -37,7 +37,7 @@ class PromptLookup:
         self.ids, self.place_after = [], {}  # the last tokens -> where the next one stands
         self.place, self.right = None, 0.0  # of what is expected next; how likely it comes
 
-    def get_candidates(self, input_ids, **kwargs):
+    def get_candidates(self, input_ids, *args, **kwargs):  # 5.0 to 5.2 pass one more argument by position
         """Return input_ids, int [1, T], with a draft at the end; and None for its logits."""
         for token in input_ids[0, len(self.ids) :].tolist():
             self._add(token)
@@ -477,7 +477,8 @@ class ChatMixin:
         unknown = [name for name in kwargs if name not in KEYWORDS and name not in FORWARDED]
         if unknown:
             warnings.warn(f"ChatGLM2 ignores {', '.join(unknown)}, which generate passed to it", stacklevel=2)
-        inputs.update({CACHE: cache, "attention_mask": attention_mask, "position_ids": position_ids})
+        inputs.update(dict.fromkeys(CACHE_NAMES, cache))  # PEFT looks for the older name
+        inputs.update({"attention_mask": attention_mask, "position_ids": position_ids})
         if cache_position is not None:
             inputs["cache_position"] = cache_position
         return {**inputs, **{name: value for name, value in kwargs.items() if name not in unknown}}

@@ -65,6 +65,8 @@ else:  # caches have no layers and use torch.cat; delete with 4.57
 def take_cache(kwargs, *named):
     """Return the cache found among `named` and in kwargs, under any name, and remove it from kwargs.
 
+    An empty one gives way: PEFT passes its prefix as `past_key_values`, beside the empty `cache` of `generate`.
+
     Raises:
         ValueError: two different caches.
     """
@@ -73,7 +75,9 @@ def take_cache(kwargs, *named):
         value = kwargs.pop(name)
         found += [] if value is None else [value]
     if any(value is not found[0] for value in found):
-        raise ValueError("Two caches were given: `cache` and `past_key_values` are the same argument, pass one.")
+        found = [value for value in found if not hasattr(value, "get_seq_length") or value.get_seq_length()]
+        if not found or any(value is not found[0] for value in found):
+            raise ValueError("Two caches were given: `cache` and `past_key_values` are the same argument, pass one.")
     return found[0] if found else None
 
 

@@ -63,6 +63,15 @@ def test_cache_is_accepted_under_any_name(make_model):
 
 
 @torch.no_grad()
+def test_an_empty_cache_gives_way(make_model):
+    """PEFT's prefix tuning passes its cache as past_key_values beside the empty one that generate calls `cache`."""
+    model, ids, held = make_model(), some_ids(1, 9), DynamicCache()
+    model(input_ids=ids[:, :5], past_key_values=held)
+    output = model(input_ids=ids[:, 5:], past_key_values=held, cache=DynamicCache())
+    assert output.cache is held and held.get_seq_length() == 9
+
+
+@torch.no_grad()
 def test_invalid_caches_are_rejected(make_model):
     model, ids = make_model(), some_ids(1, 9)
     with pytest.raises(ValueError, match="Two caches"):
