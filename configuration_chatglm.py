@@ -206,6 +206,7 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
         kwargs.update(tie_word_embeddings=tie_word_embeddings)
         for key, value in {**vars(self), **kwargs}.items():  # before transformers stumbles over them
             check_value(self.attribute_map.get(key, key), value)
+        kwargs.pop("rope_scaling", None)  # null; transformers 5.23 deprecates setting it
         super().__init__(**kwargs)
         self.check()
         register_for_serve(("ChatGLMModel", "ChatGLMForConditionalGeneration"))

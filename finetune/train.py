@@ -71,14 +71,14 @@ class ModelArguments:
     def __post_init__(self):
         prefix = self.pre_seq_len or self.ptuning_checkpoint
         self.method = self.method or ("ptuning" if prefix else "full")
-        if self.method == "lora" and not importlib.util.find_spec("peft"):
-            raise ValueError('--method lora needs peft: pip install -c constraints.txt ".[train]"')
         if prefix and self.method != "ptuning":
             raise ValueError(f"--method {self.method} has no prefix: leave out --pre_seq_len and --ptuning_checkpoint.")
         if self.quantization_bit not in (None, 0, 4, 8):
             raise ValueError(f"--quantization_bit {self.quantization_bit}: give 4 or 8, or leave it out.")
         if self.quantization_bit and self.method == "full":
             raise ValueError(f"--quantization_bit {self.quantization_bit}: int weights cannot be trained in full.")
+        if self.method == "lora" and not importlib.util.find_spec("peft"):
+            raise ValueError('--method lora needs peft: pip install -c constraints.txt ".[train]"')
 
 
 @dataclass
