@@ -69,8 +69,10 @@ def export(source, target, llama_cpp, outtype="auto"):
     if target.exists():
         raise ValueError(f"{target} already exists; nothing is overwritten.")
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if problems := gguf_refusals(config):
+        raise ValueError("\n".join(problems))
     tokenizer = load_tokenizer(source)
-    if problems := gguf_refusals(config) + tokenizer_refusals(tokenizer):
+    if problems := tokenizer_refusals(tokenizer):
         raise ValueError("\n".join(problems))
     options = ""
     if config.rope_ratio_type == "linear" and config.rope_ratio != 1:  # the converter would read it as "base"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, TINY3
 
 pytestmark = pytest.mark.tools
 
@@ -194,6 +194,12 @@ def test_variants_unsupported_by_llama_cpp_are_rejected(to_gguf, llama_cpp, tmp_
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         to_gguf.export(tmp_path, tmp_path / "tiny.gguf", llama_cpp)
+
+
+def test_chatglm3_is_rejected(to_gguf, llama_cpp, tmp_path):
+    """Its prompt is not the one that this export marks."""
+    with pytest.raises(ValueError, match="(?i)chatglm3"):
+        to_gguf.export(TINY3, tmp_path / "tiny3.gguf", llama_cpp)
 
 
 def test_invalid_folder_is_rejected(to_gguf, llama_cpp, tmp_path):
