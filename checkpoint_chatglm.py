@@ -241,14 +241,14 @@ def check_names(folder, model, tensors, report):
 
 
 def check_shapes(model, tensors, error):
-    """Raise ValueError from `error` if tensors of a checkpoint have other shapes than those of the empty `model`."""
+    """Raise RuntimeError from `error`, as transformers does, if tensors have other shapes than the empty `model`'s."""
     stored = {within_base(name): tensor for name, tensor in tensors.items()}
     for name, parameter in model.named_parameters():
         tensor = stored.get(within_base(name))
         if tensor is not None and tuple(tensor.shape) != tuple(parameter.shape):
-            raise ValueError(
+            raise RuntimeError(
                 f"{tensor.path}: {name} has shape {list(tensor.shape)}, but by config.json {list(parameter.shape)}. "
-                "Give the config.json of these weights."
+                "Give the config.json of these weights, or ignore_mismatched_sizes=True for new values."
             ) from error
 
 

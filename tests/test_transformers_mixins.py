@@ -118,6 +118,11 @@ FROZEN_HEAD = (
         "does not recognize this architecture",
         "AutoModel finds our classes through auto_map, not by model_type; test_loading.py has other shapes",
     ),
+    test_model_weights_reload_no_missing_tied_weights=(
+        "lacks 17 of the model's 17 tensors",
+        "a checkpoint without its weights is an error here, not a model of random values",
+    ),
+    test_tied_weights_keys=("tie_word_embeddings=True must be false", "the output layer is never tied"),
     test_training_gradient_checkpointing=FROZEN_HEAD,
     test_training_gradient_checkpointing_use_reentrant_false=FROZEN_HEAD,
     test_training_gradient_checkpointing_use_reentrant_true=FROZEN_HEAD,
