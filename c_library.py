@@ -21,6 +21,7 @@ import threading
 import time
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
+ADDRESS, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float  # for `load`'s `functions`
 FLAGS = ("-O3", "-fPIC", "-fopenmp", "-mavx2", "-mf16c", "-mfma")
 AVX512 = {"avx512f": "-mavx512f", "avx512bw": "-mavx512bw", "avx512vl": "-mavx512vl", "avx512_vnni": "-mavx512vnni"}
 LIMIT = 120  # seconds for one call of the compiler; it takes a few

@@ -23,7 +23,7 @@ class ChatTemplateMixin:
         ChatGLM3's is its own: that of ChatGLM2 may have come into the folder with the code.
         """
         path = os.path.join(os.path.dirname(self.vocab_file), CHAT_TEMPLATE_FILE)
-        if isinstance(self.conversation, Roles):
+        if self.conversation.template:
             if "<|assistant|>" not in str(getattr(self, "chat_template", None)):
                 self.chat_template = self.conversation.template
         elif getattr(self, "chat_template", None) is None and os.path.isfile(path):

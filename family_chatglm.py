@@ -246,7 +246,7 @@ class Roles:
             history.append({"role": self.next_role(history), "content": query})
             for part in text.split("<|assistant|>"):
                 name, _, code = part.strip().partition("\n")
-                called = called_with("\n".join(code.split("\n")[1:-1])) is not None
+                called = parameters_in(code) is not None
                 content = {"metadata": name.strip(), "content": code.strip()} if called else {"content": part.strip()}
                 history.append({"role": "assistant", **content})
         return history
@@ -320,7 +320,7 @@ class Roles:
             history.append({"role": "assistant", "metadata": metadata, "content": content})
         if not metadata:
             return with_date(content), history
-        parameters = called_with("\n".join(content.split("\n")[1:-1])) if offers_tools(history) else None
+        parameters = parameters_in(content) if offers_tools(history) else None
         kind, value = ("content", content) if parameters is None else ("parameters", parameters)
         return {"name": metadata, kind: value}, history
 
@@ -373,6 +373,11 @@ def offers_tools(history):
 def check_role(role):
     if role not in ROLES:
         raise ValueError(f"role={role!r} is unknown: use one of {ROLES}.")
+
+
+def parameters_in(content):
+    """The parameters of the call between the first and the last line of a message; None if that is no call."""
+    return called_with("\n".join(content.split("\n")[1:-1]))
 
 
 def called_with(code):

@@ -285,9 +285,7 @@ class ChatMixin:
         settings, given = dict(kwargs), kwargs.get("generation_config")
         if given is None:
             given = self.generation_config
-            if not (sampling["do_sample"] and sampling["temperature"]):  # temperature 0 is greedy decoding
-                sampling = {**sampling, "do_sample": False, "top_p": None, "temperature": None}
-            settings.update(sampling)
+            settings.update(greedy_at_zero(sampling))
         stops = tokenizer.stop_ids()
         if len(stops) > 1 and not (given is kwargs.get("generation_config") and given.eos_token_id is not None):
             settings.setdefault("eos_token_id", stops)
@@ -482,6 +480,13 @@ class ChatMixin:
         if cache_position is not None:
             inputs["cache_position"] = cache_position
         return {**inputs, **{name: value for name, value in kwargs.items() if name not in unknown}}
+
+
+def greedy_at_zero(sampling):
+    """`sampling` for `generate`: at temperature 0, which transformers rejects, as without do_sample greedy decoding."""
+    if sampling["do_sample"] and sampling["temperature"]:
+        return sampling
+    return {**sampling, "do_sample": False, "top_p": None, "temperature": None}
 
 
 def without_partial_placeholder(text):

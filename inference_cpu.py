@@ -13,13 +13,12 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from .c_library import load
+from .c_library import ADDRESS, FLOAT, INT, LONG, load
 from .inference_cpu_source import TILE, source
+from .quantization_cpu_source import TYPES
 from .torch_compat import needs_dispatch
 from .torch_compat import rms_norm as torch_rms_norm
 
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ADDRESS, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 FUNCTIONS = {  # of the C library, with their arguments
     "attention": [ADDRESS] * 6 + [FLOAT, ADDRESS],
     "rms_norm": [ADDRESS] * 3 + [LONG] * 2 + [FLOAT] + [INT] * 3,

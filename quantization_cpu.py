@@ -13,15 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .c_library import load
-from .quantization_cpu_source import WIDEST, source
+from .c_library import ADDRESS, INT, LONG, load
+from .quantization_cpu_source import TYPES, WIDEST, source
 from .quantization_format import Family, Layout, check_finite, check_shape, quantize_weight, without_overflow
 from .quantization_stock import linear as stock_linear
 from .torch_compat import needs_dispatch
 
 ROWS, GROUP = 32, 128  # a block of the layout: output rows, inputs
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ADDRESS, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 FUNCTIONS = {  # of the C library, with their arguments
     "linear": [ADDRESS] * 6 + [LONG] * 5 + [INT] * 4,
     "linear_float32": [ADDRESS] * 6 + [LONG] * 4 + [INT] * 3,

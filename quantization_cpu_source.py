@@ -9,6 +9,9 @@ and many, and for both instruction sets.
 Only the tile, a group of inputs times 32 rows, differs: hand-written 512-bit assembly, or 256-bit intrinsics.
 """
 
+import torch
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # dtypes as the C code numbers them
 TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": (1, 2, 4)}  # tokens per tile, as many as the registers hold
 WIDEST = max(max(tokens) for tokens in TILES.values())
 AHEAD = 8192  # prefetch distance in bytes of weights: a sixth faster than hardware prefetching alone

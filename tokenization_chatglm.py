@@ -140,7 +140,6 @@ class ChatGLMTokenizer(ChatTemplateMixin, PreTrainedTokenizer):
         self.tokenizer.rust_decoder = self._rust_decoder
         self._cached_rust_decoder = None, None
         self.vocab_file = vocab_file
-        self.builtin_tokens = {"<unk>": 0, "<s>": 1, "</s>": 2, **self.tokenizer.special_tokens}
         for name, (token, _) in BUILT_IN.items():
             if kwargs.get(name) is None or str(kwargs[name]) == token:
                 kwargs.pop(name, None)
@@ -192,8 +191,6 @@ class ChatGLMTokenizer(ChatTemplateMixin, PreTrainedTokenizer):
         return [self.get_command("[gMASK]"), self.get_command("sop")]
 
     def _convert_token_to_id(self, token):
-        if token in self.builtin_tokens:
-            return self.builtin_tokens[token]
         return self.tokenizer.convert_token_to_id(token)
 
     def _convert_id_to_token(self, index):

@@ -68,13 +68,9 @@ def without_cudnn_attention(lengths_vary):
 
     cuDNN builds a plan for every new length, which takes 40 ms on an H200: once per token while decoding.
     """
-    if not lengths_vary:
-        yield
-        return
     flags = torch.backends.cuda
-    others = flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled()
-    cudnn = hasattr(flags, "enable_cudnn_sdp") and flags.cudnn_sdp_enabled()  # missing before torch 2.5
-    if not (others and cudnn):
+    avoided = lengths_vary and (flags.flash_sdp_enabled() or flags.mem_efficient_sdp_enabled())
+    if not (avoided and hasattr(flags, "enable_cudnn_sdp") and flags.cudnn_sdp_enabled()):  # missing before torch 2.5
         yield
         return
     flags.enable_cudnn_sdp(False)

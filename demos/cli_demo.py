@@ -30,7 +30,7 @@ with importing("chat"):
     import torch
     from checkpoints import TINY, held_in
     from conversation import Conversation
-    from conversations import read_conversation
+    from conversations import read_conversation, rounds_of
     from line_input import LineInput
     from options import SETTINGS, chat_parser, load_or_exit, sampling
 
@@ -186,8 +186,7 @@ class Chat:
         """/load FILE            go on with a conversation that was saved here or exported from the web page"""
         path = self.file(argument)
         system, messages = read_conversation(path.read_text(encoding="utf-8"))
-        pairs = zip(messages, messages[1:])
-        rounds = [(query, answer) for (a, query), (b, answer) in pairs if (a, b) == ("user", "assistant")]
+        rounds = rounds_of(messages)
         self.conversation.load(rounds, system)
         self.path = path
         write(f"{count(len(rounds), 'round')} from {path}\n")

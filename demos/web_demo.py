@@ -22,7 +22,7 @@ with importing("web"):
     import gradio as gr
     from chatglm2.tokenization_chatglm import check_unicode
     from checkpoints import TINY, held_in
-    from conversations import read_conversation
+    from conversations import read_conversation, rounds_of
     from options import chat_parser, load_or_exit
     from sessions import Sessions
     from starlette.middleware import Middleware
@@ -139,12 +139,6 @@ def text_of(message):
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def rounds_of(messages):
-    """[(query, answer)], without questions that have no answer: it was stopped before it began, or refused."""
-    pairs = zip(messages, messages[1:])
-    return [(text_of(a), text_of(b)) for a, b in pairs if (a["role"], b["role"]) == ("user", "assistant")]
-
-
 def name_of(args, model):
     """The folder, what its weights are held in, and where."""
     return f"{Path(args.model).resolve().name} · {held_in(model)} · {model.device}"
@@ -177,7 +171,7 @@ def build(sessions, args):
         steps = sessions.stream(
             request.session_hash,
             text_of(question),
-            rounds_of(before),
+            rounds_of([(message["role"], text_of(message)) for message in before]),
             system.strip(),
             temperature=float(temperature),
             top_p=float(top_p),

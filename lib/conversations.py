@@ -27,3 +27,9 @@ def read_conversation(text):
     if turns and turns[0][0] == "system":
         return turns[0][1], turns[1:]
     return "", turns
+
+
+def rounds_of(turns):
+    """[(query, answer)] of [(role, content)], without questions that have no answer, and answers without a question."""
+    pairs = zip(turns, turns[1:])
+    return [(query, answer) for (a, query), (b, answer) in pairs if (a, b) == ("user", "assistant")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from chatglm2.generation_chatglm import InvalidScoreLogitsProcessor, without_partial_placeholder
+from chatglm2.generation_chatglm import InvalidScoreLogitsProcessor, greedy_at_zero, without_partial_placeholder
 from chatglm2.transformers_compat import DynamicCache, crop_cache
 from transformers import LogitsProcessorList
 
@@ -123,13 +123,12 @@ class Sessions:
         cached = session.crop(prompt, model.transformer.count_cached_tokens(session.cache))
         session.ids, session.system, session.turns = prompt, system, history
         session.ends = {turns: end for turns, end in session.ends.items() if turns <= known}
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         steps = model.stream_generate(
             torch.tensor([prompt], device=model.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
             past_key_values=session.cache,
             logits_processor=LogitsProcessorList([*logits_processor, InvalidScoreLogitsProcessor()]),
-            **(sampling if temperature else {"do_sample": False, "temperature": None, "top_p": None}),
+            **greedy_at_zero({"do_sample": True, "temperature": temperature, "top_p": top_p}),
             **settings,
         )
         shown, whole, first, progress = None, "", 0, None

@@ -70,15 +70,25 @@ def echo(key, query, history, system, **settings):
     yield Progress(query, 0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("allowed", [False, True], ids=["with the policy", "without"])
-def test_nothing_foreign_in_messages(serve, open_chat, foreign, monkeypatch, allowed):
-    """Images, styles, links, SVG, frames, in questions and answers: no connection. Without the policy there are."""
+@pytest.fixture(params=[False, True], ids=["with the policy", "without"])
+def allowed(request, monkeypatch):
+    """Whether the page is served without its policy."""
     import web_demo
 
-    if allowed:
+    if request.param:
         monkeypatch.setattr(web_demo, "HEADERS", {})
+    return request.param
+
+
+@pytest.fixture
+def chat(serve, open_chat, allowed):
+    """The page of a model that answers with the question."""
+    return open_chat(serve(stream=echo).url)
+
+
+def test_nothing_foreign_in_messages(chat, foreign, allowed):
+    """Images, styles, links, SVG, frames, in questions and answers: no connection. Without the policy there are."""
     url, asked = foreign
-    chat = open_chat(serve(stream=echo).url)
     for i in range(3):
         chat.ask(filled("\n\n".join(MESSAGES[i::3]), url))
         chat.wait_until(lambda n=i + 1: len(chat.texts("bot")) == n, "no answer")
@@ -88,15 +98,9 @@ def test_nothing_foreign_in_messages(serve, open_chat, foreign, monkeypatch, all
     assert len(set(asked)) > 10 if allowed else not asked, asked
 
 
-@pytest.mark.parametrize("allowed", [False, True], ids=["with the policy", "without"])
-def test_nothing_foreign_in_the_document(serve, open_chat, foreign, monkeypatch, allowed):
+def test_nothing_foreign_in_the_document(chat, foreign, allowed):
     """What would slip through a sanitizer is not fetched either."""
-    import web_demo
-
-    if allowed:
-        monkeypatch.setattr(web_demo, "HEADERS", {})
     url, asked = foreign
-    chat = open_chat(serve(stream=echo).url)
     for message in MESSAGES[:-3]:
         chat.page.evaluate(
             """html => { const all = document.createRange().createContextualFragment(html);
