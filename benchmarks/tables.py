@@ -24,7 +24,8 @@ CHINESE = {
     "CPU, faster": "CPU，更快",
     "CPU, not quantized": "CPU，不量化",
     "int4 files, CPU": "已是 int4 的文件，CPU",
-    "x: relative to llama.cpp in the same run": "x：同一次运行中与 llama.cpp 之比",
+    "x: relative to llama.cpp and to ik_llama.cpp in the same run": "x：同一次运行中与 llama.cpp、ik_llama.cpp 之比",
+    "int8 head": "int8 输出层",
     NOT_YET: "尚未测量",
     "6.2B, on a CPU": "6.2B，CPU",
     "this package": "本项目",
@@ -47,13 +48,16 @@ def instructions(record):
     return record["machine"].get("instructions", "AVX512-VNNI")
 
 
-def newest(processor, benchmark, *settings):
-    """The last run of results/BENCHMARK.jsonl for each combination of these settings, in the order of their values."""
+def newest(processor, benchmark, *settings, having=None):
+    """The last run of results/BENCHMARK.jsonl for each combination of these settings, in the order of their values.
+
+    With `having`, only the runs that have such results.
+    """
     path = RESULTS / f"{benchmark}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     runs = {}
     for record in map(json.loads, lines):
-        if instructions(record) == processor:
+        if instructions(record) == processor and (having is None or having in record):
             runs[tuple(str(record["settings"].get(key)) for key in settings)] = record
     return [runs[key] for key in sorted(runs, reverse=True)]
 
@@ -221,26 +225,45 @@ def is_plain(record):
     return not any(map(record["settings"].get, SPECIAL))
 
 
+PEERS = ("llama.cpp", "ik_llama.cpp")
+TASKS = {  # of the quantized benchmark -> the column's name
+    "decode": "decode",
+    "decode 4096": "after 4,096",
+    "decode 8192": "after 8,192",
+    "prefill 32": "prefill 32",
+    "prefill 512": "prefill 512",
+}
+
+
+def relative(ratios):
+    """ " (1.2x, 1.1x)": how many times as fast as each of PEERS that was timed; empty if none was."""
+    times = [f"{ratios[name]:g}x" for name in PEERS if name in ratios]
+    return f" ({', '.join(times)})" if times else ""
+
+
 def quantized(say, processor):
-    records = quantized_runs(processor)
-    tasks, rows = ["decode", "prefill 32", "prefill 512"], []
+    records, rows = quantized_runs(processor), []
     for record in records:
         for run in record["runs"]:
             name = with_head(weights(run, record["settings"]["dtype"]), record["settings"], say)
             if record["settings"].get("group_size"):
                 name += f", {say('in groups of')} {record['settings']['group_size']}"
             by = KERNELS.get(run["kernel"], run["kernel"])
-            cells, original = [], []
-            for task in tasks:
-                speed = run["tokens_per_second"][task]
-                times = speed["ratios"].get("llama.cpp")
-                cells.append(f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else ""))
-                original += [f"{speed['dequantize']:.2g}"] if "dequantize" in speed and is_plain(record) else []
-            rows.append([name, say(by), *cells])
-            if original:
-                rows.append([name, say(ORIGINAL), *original])
-    made = table(["weights", "computed by", *tasks], rows, records, "quantized", say)
-    return made and f"{made} ({say('tokens/s; x: relative to llama.cpp')})"
+            speeds = [run["tokens_per_second"].get(task) for task in TASKS]  # older runs lack two
+            rows.append([name, say(by), *(f"{s['ours']:.3g}{relative(s['ratios'])}" if s else "" for s in speeds)])
+            if is_plain(record) and any(s and "dequantize" in s for s in speeds):
+                cells = [f"{s['dequantize']:.2g}" if s and "dequantize" in s else "" for s in speeds]
+                rows.append([name, say(ORIGINAL), *cells])
+    made = table(["weights", "computed by", *TASKS.values()], rows, records, "quantized", say)
+    note = "tokens/s; x: relative to llama.cpp and, where two are given, to ik_llama.cpp"
+    return made and f"{made} ({say(note)}){peers(records, say)}"
+
+
+def peers(records, say):
+    """The versions and settings of the other libraries that these runs were timed beside."""
+    told = dict.fromkeys(r["settings"].get(option) for r in records for option in ("llama", "ik"))
+    told = [text for text in told if text and text != "llama.cpp"]  # older runs name no version
+    return f". {say('Beside')}: {'; '.join(told)}" if told else ""
 
 
 def errors(say, processor):
@@ -256,19 +279,31 @@ def errors(say, processor):
 
 def context(say, processor):
     """Each kind's decoding and prompts; the speed at a context relative to that at 512 tokens."""
-    records = newest(processor, "context", "bits", "small_head", "dtype", "layers")
-    rows = []
-    for record in records:
+    settings = ("bits", "small_head", "dtype", "layers")
+    decoding = newest(processor, "context", *settings, having="decode")
+    prompts = newest(processor, "context", *settings, having="prefill")
+    rows, others = [], ("torch", *PEERS)
+    for record in decoding:
         name = with_head(weights(record["settings"]), record["settings"], say)
         for row in record["decode"]:
-            cells = [row["ours_ms"], row["torch_ms"], f"{row['ratio']}x", f"{row['speed']:.0%}"]
-            rows.append([name, f"token after {row['context']:,}, ms", *cells])
+            cells = [timed(row["ms"], row["ratios"], other) for other in others]
+            rows.append([name, f"token after {row['context']:,}, ms", row["ms"]["ours"], f"{row['speed']:.0%}", *cells])
+    for record in prompts:
+        name = with_head(weights(record["settings"]), record["settings"], say)
         for row in record["prefill"]:
-            speeds = [row["ours_tokens_per_second"], row["torch_tokens_per_second"]]
-            share = f"{speeds[0] / record['prefill'][0]['ours_tokens_per_second']:.0%}"
-            rows.append([name, f"prompt of {row['length']:,}, tokens/s", *speeds, f"{row['ratio']}x", share])
-    header = ["weights", "", "this package's attention", "torch's", "faster", "speed relative to 512"]
-    return table(header, rows, records, "context", say)
+            speeds = row["tokens_per_second"]
+            share = f"{speeds['ours'] / record['prefill'][0]['tokens_per_second']['ours']:.0%}"
+            cells = [timed(speeds, row["ratios"], other) for other in others]
+            rows.append([name, f"prompt of {row['length']:,}, tokens/s", speeds["ours"], share, *cells])
+    header = ["weights", "", "this package", "speed relative to 512", "with torch's attention", *PEERS]
+    records = [*decoding, *prompts]
+    made = table(header, rows, records, "context", say)
+    return made and f"{made}{peers(records, say)}"
+
+
+def timed(figures, ratios, name):
+    """A contender's figure, and how many times as fast as it this package is; empty if it was not timed."""
+    return f"{figures[name]} ({ratios[name]}x)" if name in figures else ""
 
 
 def loading(say, processor):
@@ -422,14 +457,13 @@ def start(say, processor):
         cells = [size, footprints[0]["prompt_gb"] if footprints else say(NOT_YET), say(NOT_YET)]
         if run:
             speed = run["tokens_per_second"]["decode"]
-            times = speed["ratios"].get("llama.cpp")
-            cells[-1] = f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else "")
+            cells[-1] = f"{speed['ours']:.3g}{relative(speed['ratios'])}"
         time = seconds[bits] if source == "results" else say(NOT_YET)
         if source == "start" and started:
             cells[1], time = f"{started[0]['peak_gb']:.2f}", f"{started[0]['prompt']:.0f} s"
         rows.append([say(name), f"`{call}`", *cells, time])
     header = ["you have", "call", "weights, GB", "peak, GB", "tokens/s", "load"]
-    note = say("x: relative to llama.cpp in the same run")
+    note = say("x: relative to llama.cpp and to ik_llama.cpp in the same run")
     return f"{markdown(header, rows, say)}\n\n{machines(records, say)} ({note})"
 
 
@@ -448,55 +482,58 @@ START = (
 )
 
 
-def beside(processor=HEADLINE):
-    """(rows of the README's table of speeds, the runs they are from): tokens/s beside llama.cpp and GlmForCausalLM."""
-    rows, records = [], []
-    for bits in (4, 8):
-        record, run = whole_run(processor, bits)
-        for task, name in (("decode", "decode"), ("prefill 512", "prefill of 512 tokens")):
-            speed = run["tokens_per_second"][task]
-            rows.append(
-                (f"int{bits}", name, "", speed["ours"], "llama.cpp", speed["llama.cpp"], speed["ratios"]["llama.cpp"])
-            )
-        records.append(record)
-    record = next(r for r in newest(processor, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")
-    for row in record["rows"]:
-        ours, glm = 1000 / row["ours_ms"], 1000 / row["glm_ms"]
-        name = "decode, context of"
-        rows.append(
-            (record["settings"]["dtype"], name, f"{row['context']:,}", ours, "GlmForCausalLM", glm, row["ratio"])
-        )
-    return rows, [*records, record]
+BESIDE = (  # rows of the README's table of speeds: bits, int8 embedding and output layer, task, its name, its context
+    (4, False, "decode", "decode", ""),
+    (4, True, "decode", "decode", ""),
+    (4, True, "decode 8192", "decode, context of", "8,192"),
+    (4, False, "prefill 512", "prefill of 512 tokens", ""),
+    (8, False, "decode", "decode", ""),
+)
+
+
+def decode_6b(processor=HEADLINE):
+    """The newest run of the decode benchmark at the shapes of 6B."""
+    return next(r for r in newest(processor, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")
 
 
 def speed(say, processor):
+    """tokens/s beside llama.cpp, ik_llama.cpp and GlmForCausalLM."""
     if processor != PROCESSORS[0]:  # one table
         return ""
-    rows, records = beside()
-    rows = [
-        [
-            f"{held} {' '.join(filter(None, (say(task), number)))}",
-            f"{ours:.3g}",
-            f"{name} {other:.3g}",
-            f"{times:.2f}x",
-        ]
-        for held, task, number, ours, name, other, times in rows
-    ]
+    rows, records = [], []
+    for bits, small_head, task, name, number in BESIDE:
+        record, run = whole_run(HEADLINE, bits, small_head)
+        figures = run["tokens_per_second"].get(task)
+        if figures:  # older runs lack some
+            held = f"int{bits}" + (f" ({say('int8 head')})" if small_head else "")
+            others = [other for other in PEERS if other in figures]
+            times = [f"{figures['ratios'][other]:.2f}x" for other in others]
+            others = [f"{other} {figures[other]:.3g}" for other in others]
+            task = " ".join(filter(None, (say(name), number)))
+            rows.append([f"{held} {task}", f"{figures['ours']:.3g}", ", ".join(others), ", ".join(times)])
+            records.append(record)
+    record = decode_6b()
+    row = record["rows"][-1]
+    name = f"{record['settings']['dtype']} {say('decode, context of')} {row['context']:,}"
+    other = f"GlmForCausalLM {1000 / row['glm_ms']:.3g}"
+    rows.append([name, f"{1000 / row['ours_ms']:.3g}", other, f"{row['ratio']:.2f}x"])
     header = ["6.2B, on a CPU", "this package", "beside it", "ratio"]
-    return f"{markdown(header, rows, say)}\n\n{machines(records, say)}"
+    return f"{markdown(header, rows, say)}\n\n{machines([*records, record], say)}"
 
 
 def headline():
     """The figures that the READMEs' first screens claim, with their units."""
-    rows, _ = beside()
+    plain, faster = (whole_run(HEADLINE, 4, small_head)[1]["tokens_per_second"] for small_head in (False, True))
     loaded = {row["bits"]: row["peak_gb"] for row in newest(HEADLINE, "loading")[0]["rows"]}
-    far = next(r for r in newest(HEADLINE, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")["rows"][-1]
+    far = decode_6b()["rows"][-1]
     gpu, compiled = newest_on_card("graph")["bfloat16"], answers_on_card("int4")[1]
     return [
         f"{compiled:.0f} tokens/s",
         *(f"{gpu[f'{name} 512']['eager_ms']:.1f} ms" for name in ("ours", "glm")),
-        f"{rows[0][3]:.3g} tokens/s",  # int4, decode
-        f" {rows[1][-1]:.1f} ",  # int4, prefill, times llama.cpp's speed
+        f"{plain['decode']['ours']:.3g} tokens/s",
+        f"{faster['decode']['ours']:.3g} tokens/s",
+        *(f"{speeds['decode']['ratios'][other]:g} " for speeds in (plain, faster) for other in PEERS),
+        f"{plain['prefill 512']['ratios']['llama.cpp']:.1f} ",
         f"{loaded[4]:g} GB",
         f"{far['context']:,} ",
         f"{far['ours_ms'] / 1000:.2f} s",
@@ -597,12 +634,11 @@ def int4_picture(plt):
     figure, panes = plt.subplots(1, 2, figsize=(9, 1.9), layout="constrained", sharey=True)
     for axes, task, title in zip(panes, ("decode", "prefill 512"), ("decode", "prefill of 512 tokens")):
         speed = run["tokens_per_second"][task]
-        bars = {
-            "dequantize, multiply": speed["dequantize"],
-            "llama.cpp, Q4_0": speed["llama.cpp"],
-            "this package, int4": speed["ours"],
-        }
-        shown = axes.barh(list(bars), list(bars.values()), color=[OTHER, OTHER, OURS], height=0.7)
+        bars = {"dequantize, multiply": speed["dequantize"]}
+        bars.update({f"{name}, Q4_0": speed[name] for name in PEERS if name in speed})
+        bars["this package, int4"] = speed["ours"]
+        colors = [OTHER] * (len(bars) - 1) + [OURS]
+        shown = axes.barh(list(bars), list(bars.values()), color=colors, height=0.7)
         axes.bar_label(shown, fmt="%.3g", padding=3, color=INK)
         axes.set_title(f"{title}, tokens/s", fontsize="medium")
         axes.set_xticks([])
@@ -615,7 +651,7 @@ def int4_picture(plt):
 
 def context_picture(plt):
     """results/context.svg: seconds a token of the 6.2B shapes at the contexts that were measured."""
-    record = next(r for r in newest(HEADLINE, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")
+    record = decode_6b()
     rows = record["rows"]
     figure, axes = plt.subplots(figsize=(9, 2.3), layout="constrained")
     for shift, (key, name, color) in enumerate(
@@ -642,7 +678,7 @@ def quantized_picture(plt):
     for record in filter(is_plain, records):
         for run in record["runs"]:
             kernel = KERNELS.get(run["kernel"], run["kernel"])
-            names = {"ours": kernel, "llama.cpp": "llama.cpp", "dequantize": ORIGINAL}
+            names = {"ours": kernel, "dequantize": ORIGINAL, **{name: name for name in PEERS}}
             for task, speed in run["tokens_per_second"].items():
                 for key in names.keys() & speed.keys():
                     place = run["bits"], weights(run, record["settings"]["dtype"]), names[key]
@@ -651,7 +687,7 @@ def quantized_picture(plt):
         return
     keys = sorted(bars, key=lambda key: (-key[0], bars[key]["prefill 512"]))
     labels = [f"{held}: {name}" for _, held, name in keys]
-    colors = [OTHER if name in ("llama.cpp", ORIGINAL, "F.linear") else OURS for *_, name in keys]
+    colors = [OTHER if name in (*PEERS, ORIGINAL, "F.linear") else OURS for *_, name in keys]
     figure, panes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
     for axes, task in zip(panes, ("decode", "prefill 512")):
         shown = axes.barh(labels, [bars[key][task] for key in keys], color=colors)
