@@ -3,7 +3,8 @@
 Decoding runs all layers, on caches of random keys and values. A prompt's pass runs --prefill-layers of them without the
 output layer, and its time is scaled to all layers: the blocks are alike, and the rest of a pass is below 1%. llama.cpp
 and ik_llama.cpp (Q4_0, Q8_0, the same number of threads) run in processes of their own if --llama and --ik name a
-Python that has them.
+Python that has them. Their last layer has no MLP for the tokens whose logits nobody asked for, so their prompts run
+through one layer and through --prefill-layers more, and the difference is scaled.
 """
 
 import statistics
@@ -35,11 +36,11 @@ def arguments(parser):
     parser.add_argument("--dtype", default="float16", help="of the activations and the cache")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--prefill-layers", type=int, default=2)
+    parser.add_argument("--prefill-layers", type=int, default=1)
     parser.add_argument("--contexts", type=int, nargs="*", default=[32, 512, 4096, 8192, 32000], help="of decoding")
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048, 8192], help="of prompts")
     parser.add_argument("--no-torch", action="store_true", help="without torch's attention")
-    parser.add_argument("--rounds", type=int, default=7, help="of decoding; a prompt has two")
+    parser.add_argument("--rounds", type=int, default=7, help="of decoding and of prompts of 512; longer ones have two")
     peers.arguments(parser)
 
 
@@ -99,20 +100,26 @@ def time_decoding(args, limits, others):
     return rows
 
 
-def time_prompts(args, others):
-    """Tokens per second of prompts, on --prefill-layers of all layers."""
+def time_prompts(args, firsts, others):
+    """Tokens per second of prompts through all layers; `firsts` are peers of one layer."""
     model, rows = build(args, args.prefill_layers), []
+
+    def scaled(time):
+        return lambda: time() * args.layers / args.prefill_layers
+
+    def scaled_peer(name, length):
+        first = firsts[name].prefill(length)
+        return first + (others[name].prefill(length) - first) * (args.layers - 1) / args.prefill_layers
+
     for length in args.lengths:
         work = partial(prompt, model, random_ids(model, length))
-        timers = {name: timer(work, name == "ours") for name in own(args)}
-        timers.update({name: partial(peer.prefill, length) for name, peer in others.items()})
-        times = take_turns(timers, 2, warmup=length <= 512)
-        row = {"length": length, "tokens_per_second": {}, "ratios": ratios(times)}
-        for name, spent in times.items():
-            scaled = statistics.median(spent) * args.layers / args.prefill_layers
-            row["tokens_per_second"][name] = round(length / scaled, 2)
-        rows.append(row)
-        print(row, flush=True)
+        timers = {name: scaled(timer(work, name == "ours")) for name in own(args)}
+        timers.update({name: partial(scaled_peer, name, length) for name in others})
+        short = length <= 512  # of a few seconds
+        times = take_turns(timers, args.rounds if short else 2, warmup=short)
+        speeds = {name: round(length / statistics.median(spent), 2) for name, spent in times.items()}
+        rows.append({"length": length, "tokens_per_second": speeds, "ratios": ratios(times)})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -133,8 +140,12 @@ def run(args):
             seen.update(others)
             results["decode"] = time_decoding(args, limits, others)
     if args.lengths:
-        with peers.started(args, args.bits, args.prefill_layers, max(args.lengths) + 512) as others:
+        room = max(args.lengths) + 512
+        with (
+            peers.started(args, args.bits, 1, room) as firsts,
+            peers.started(args, args.bits, 1 + args.prefill_layers, room) as others,
+        ):
             seen.update(others)
-            results["prefill"] = time_prompts(args, others)
+            results["prefill"] = time_prompts(args, firsts, others)
     peers.versions(args, seen)
     record("context", args, limits, **results)
