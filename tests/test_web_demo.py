@@ -118,7 +118,7 @@ def test_stop_ends_generation(serve, open_chat):
     chat.ask(question)
     chat.wait_until(lambda: "".join(chat.texts("bot")), "no answer")
     other.ask(SUN[0][0])
-    other.page.get_by_text("queue: 1/1").wait_for()
+    other.page.get_by_text("queue: 1/1").first.wait_for()
     chat.stop()
     chat.wait_until_ready()
     [said] = chat.texts("bot")
@@ -144,7 +144,7 @@ def test_stop_while_waiting(serve, open_chat):
     chat.ask("hello")
     chat.wait_until(lambda: served.calls, "not asked")
     other.ask("never mind")
-    other.page.get_by_text("queue: 1/1").wait_for()
+    other.page.get_by_text("queue: 1/1").first.wait_for()
     other.stop()
     other.wait_until_ready()
     chat.stop()
@@ -194,11 +194,16 @@ def test_settings_reach_the_model(serve, open_chat):
     chat = open_chat(served.url)
     chat.wait_until_connected()  # what comes late may put the defaults back
     chat.page.locator(".label-wrap").click()
-    for name, value in (("Temperature", "0.5"), ("Top-p", "0.6"), ("Max new tokens", "7")):
+    values = {"Temperature": "0.5", "Top-p": "0.6", "Max new tokens": "7"}
+    for name, value in values.items():
         field = chat.page.locator(f"input[type=number][aria-label*='{name}']")
         field.fill(value)
         field.press("Tab")
     chat.page.get_by_label("System prompt").fill(" 请简短回答。\n")
+    sliders = chat.page.locator("input[type=range]")
+    chat.wait_until(
+        lambda: [slider.input_value() for slider in sliders.all()] == [*values.values()], "the sliders do not follow"
+    )
     chat.ask("hello")
     chat.wait_until(lambda: served.calls and chat.texts("bot"), "no answer")
     chat.wait_until_ready()
