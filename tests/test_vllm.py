@@ -29,20 +29,8 @@ OTHERS["mixed"] = {"bits": 4, "skip": "layers.1.mlp", "embedding": True, "output
 
 
 @pytest.fixture(scope="module")
-def vllm():
-    """The package; each engine here stops before the next one starts."""
-    pytest.importorskip("vllm", reason="`make vllm` runs this in an environment that has vLLM")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in SETTINGS.items():
-            patch.setenv(name, value)
-        import vllm
-
-        yield vllm
-
-
-@pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A function of a name: (folder for vLLM, our model on the weights that it was made of, our tokenizer)."""
+    """{name: (folder for vLLM, our model on the weights that it was made of, our tokenizer)}."""
     from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
     from chatglm2.tokenization_chatglm import ChatGLMTokenizer
     from to_glm import export
@@ -62,7 +50,19 @@ def exported(tmp_path_factory):
             export(source, folder)
         return folder, model.eval(), tokenizer
 
-    return make
+    return {name: make(name) for name in ("tiny", "tiny3", "glm", *OTHERS)}
+
+
+@pytest.fixture(scope="module")
+def vllm(exported):
+    """The package. Its Transformers backend changes GlmModel for good, so everything is exported before."""
+    pytest.importorskip("vllm", reason="`make vllm` runs this in an environment that has vLLM")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        import vllm
+
+        yield vllm
 
 
 def conversations(folder):
@@ -93,32 +93,35 @@ def theirs(vllm, folder, chats, **options):
     return [(list(o.prompt_token_ids), list(o.outputs[0].token_ids)) for o in outputs]
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny3", "glm", *OTHERS])
-def test_greedy_answers(vllm, exported, name):
-    """Prompts and answers, id by id, are those of chat() here: the folder as it is by vLLM's ChatGLM, and exports."""
-    folder, model, tokenizer = exported(name)
-    chats = conversations(folder)
-    assert theirs(vllm, folder, chats) == ours(model, tokenizer, chats)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["int4", "groups", "int8"])
 def test_transformers_reads_the_exports(exported, name):
-    """With compressed-tensors, which comes with vLLM, and no code of this package: the same greedy answer."""
+    """With compressed-tensors, which comes with vLLM, and no code of this package: the same greedy answer.
+
+    Before any engine: see the fixture `vllm`.
+    """
     pytest.importorskip("compressed_tensors", reason="`make vllm` runs this in an environment that has it")
     from transformers import AutoModelForCausalLM
 
-    folder, model, tokenizer = exported(name)
+    folder, model, tokenizer = exported[name]
     [(prompt, answer)] = ours(model, tokenizer, conversations(folder)[:1])
     glm = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     ids = glm.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64)[0].tolist()
     assert type(glm).__name__ == "GlmForCausalLM" and ids == prompt + answer
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny3", "glm", *OTHERS])
+def test_greedy_answers(vllm, exported, name):
+    """Prompts and answers, id by id, are those of chat() here: the folder as it is by vLLM's ChatGLM, and exports."""
+    folder, model, tokenizer = exported[name]
+    chats = conversations(folder)
+    assert theirs(vllm, folder, chats) == ours(model, tokenizer, chats)
+
+
 @pytest.mark.parametrize("name", ["tiny", "int4"])
 def test_tensor_parallelism(vllm, exported, name):
     """Two processes, each with half of the heads and of the feed-forward rows, on a core each, answer the same."""
-    folder, model, tokenizer = exported(name)
+    folder, model, tokenizer = exported[name]
     chats = conversations(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
