@@ -81,12 +81,15 @@ def main(arguments=None):
     if args.calibration and args.scale != "max":
         parser.error("--calibration searches its own scales: leave out --scale")
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         export(args.source, args.target, args.bits, args.scale, args.calibration, args.samples,
                choose_device(args.device))  # fmt: skip
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    print(f"{args.target}: int{args.bits}, {sum(f.stat().st_size for f in Path(args.target).iterdir()) / 1e9:.2f} GB")
+    size = sum(path.stat().st_size for path in Path(args.target).iterdir())
+    print(f"{args.target}: int{args.bits}, {size / 1e6:,.1f} MB")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import re
+import types
 
 import pytest
 import torch
 from chatglm2 import quantization_calibration as calibration
 from chatglm2.quantization_calibration import round_calibrated, sample_ids
 from chatglm2.quantization_format import dequantize_weight, quantize_weight
+from conftest import TINY
 from model_helpers import logits
 from quantization_helpers import DTYPES, linears
 from torch import nn
@@ -204,3 +207,93 @@ def test_prefix_and_inputs_that_overflow_are_refused(make_model):
     assert model.config.quantization_bit == 4 and hasattr(
         linears(model)["transformer.encoder.layers.0.mlp.dense_h_to_4h"], "weight_scale"
     )
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command():
+    """export/quantize.py's main."""
+    import quantize
+
+    return quantize.main
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "samples.txt"
+    path.write_text(
+        "\n\n".join(f"第 {i} 段。你好，世界！\nHello, world number {i}." for i in range(40)), encoding="utf-8"
+    )
+    return path
+
+
+def stored(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_command_writes_what_the_call_gives(command, text_file, tmp_path, tokenizer, capsys):
+    """By rounding, by search and by calibration: each as model.quantize, beside tokenizer and code that load it."""
+    from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+    from samples import read_samples
+
+    samples = read_samples(text_file, tokenizer, 20)
+    assert len(samples) == 20 == len({tuple(ids) for ids in samples}) and samples == read_samples(
+        text_file, tokenizer, 20
+    )
+    kinds = {
+        (): {},
+        ("--scale", "mse"): {"scale": "mse"},
+        ("--calibration", str(text_file), "--samples", "20"): {"calibration": samples},
+    }
+    for i, (arguments, options) in enumerate(kinds.items()):
+        target = tmp_path / "new" / str(i)
+        command([str(TINY), str(target), "--device", "cpu", *arguments])
+        assert f"{target}: int4, 3.4 MB" in capsys.readouterr().out
+        want = ChatGLMForConditionalGeneration.from_pretrained(TINY).half().quantize(4, **options).state_dict()
+        got = stored(target)
+        assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+        assert (target / "tokenizer.model").is_file() and (target / "quantization_calibration.py").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{tiny}", "{tmp}"], "exists: give a new folder, or an empty one"),
+        (["{tmp}", "{tmp}/new"], "has no config.json"),
+        (["{tiny}", "{tmp}/new", "--calibration", "{tmp}/nothing"], "No such file.*nothing"),
+        (["{tiny}", "{tmp}/new", "--calibration", "{tiny}/dialogues.jsonl"], 'line 1: expected {"messages"'),
+        (["{tiny}", "{tmp}/new", "--calibration", "{tmp}/empty"], "empty is empty: give a few hundred samples"),
+        (["{tiny}", "{tmp}/new", "--calibration", "{tmp}/empty", "--scale", "mse"], "leave out --scale"),
+        (["{tiny}", "{tmp}/new", "--samples", "0"], "give 1 or more, not 0"),
+    ],
+)
+def test_command_refuses_before_it_reads_a_weight(command, arguments, message, tmp_path, monkeypatch, capsys):
+    import quantize
+
+    monkeypatch.setattr(quantize, "load_model", None)
+    (tmp_path / "empty").touch()
+    with pytest.raises(SystemExit) as stopped:
+        command([argument.format(tiny=TINY, tmp=tmp_path) for argument in arguments])
+    assert re.search(message, str(stopped.value) + capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_command_asks_for_room_on_the_disk(command, tmp_path, monkeypatch):
+    import quantize
+
+    monkeypatch.setattr(quantize.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=3_000_000))
+    with pytest.raises(SystemExit, match=f"{tmp_path} has 0.0 GB left, but the files take 0.0 GB: make room there"):
+        command([str(TINY), str(tmp_path / "new" / "folder")])
+
+
+def test_conversations_are_samples(command, tmp_path, tokenizer):
+    from conftest import ROOT
+    from samples import read_samples
+
+    rows = read_samples(ROOT / "finetune" / "messages.jsonl", tokenizer)
+    assert rows and all(message.keys() >= {"role", "content"} for row in rows for message in row)
+    assert sum(len(ids) for ids in sample_ids(rows, tokenizer, 1664)) > 20
