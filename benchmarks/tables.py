@@ -301,11 +301,13 @@ def starting(say, processor):
     for row in starts(records):
         name = f"float16 folder, to int{row['quantize']}" if row["quantize"] else f"{row['folder']} folder"
         version = "" if row["version"] == "after" else ", before"
-        rows.append([name + version, *(row[key] for key in STARTED)])
+        rows.append([name + version, *(f"{row[key]:.2f}" for key in STARTED)])
     header = ["", "first sign, s", "prompt, s", "first token, s", "second, s", "longest silence, s", "peak, GB"]
     ratios = [f"{ratio:g} times ({key[5:]})" for r in records for key, ratio in r["relative_to_read"].items()]
-    ratios = f" Quantizing while loading takes {', '.join(ratios)} as long as reading the files." if ratios else ""
-    return table(header, rows, records, "start", say) + ratios
+    shown = table(header, rows, records, "start", say)
+    if ratios:
+        shown += f"\n\nQuantizing while loading takes {', '.join(ratios)} as long as copying the files to memory."
+    return shown
 
 
 STARTED = ("sign", "prompt", "first_token", "second_token", "silence", "peak_gb")
@@ -398,7 +400,7 @@ def start(say, processor):
     loaded = newest(HEADLINE, "loading")[:1]
     seconds = {row["bits"]: f"{row['seconds']} s" for record in loaded for row in record["rows"]}
     files = newest(HEADLINE, "start")[:1]
-    started = [row for row in starts(files) if (row["folder"], row["version"]) == ("int4", "after")]
+    started = {(row["folder"], row["quantize"]): row for row in starts(files) if row["version"] == "after"}
     rows, records = [], [*loaded, *files]
     for name, call, kind, bits, small_head, source in START:
         size = f"{whole_run(HEADLINE, bits, small_head)[1]['model_gb']:.2f}"
@@ -425,8 +427,8 @@ def start(say, processor):
             times = speed["ratios"].get("llama.cpp")
             cells[-1] = f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else "")
         time = seconds[bits] if source == "results" else say(NOT_YET)
-        if source == "start" and started:
-            cells[1], time = f"{started[0]['peak_gb']:.2f}", f"{started[0]['prompt']:.0f} s"
+        if source in started:
+            time = f"{started[source]['prompt']:.0f} s"
         rows.append([say(name), f"`{call}`", *cells, time])
     header = ["you have", "call", "weights, GB", "peak, GB", "tokens/s", "load"]
     note = say("x: relative to llama.cpp in the same run")
@@ -435,15 +437,15 @@ def start(say, processor):
 
 HEADLINE = "AVX512-VNNI"  # the one of PROCESSORS whose figures the README shows
 LOAD, INT4 = "from_pretrained(...)", "from_pretrained(..., quantization_config=int4)"
-# machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from (on a GPU: the
-# kind of `python benchmarks gpu` that stands for it)
+# machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from: `loading`'s
+# "results", or the folder and bits of a start (on a GPU: the kind of `python benchmarks gpu` that stands for it)
 START = (
     ("GPU, 16 GB", f"{LOAD}.half().cuda()", "GPU", 16, False, "bfloat16"),
     ("GPU, 6 GB", f"{INT4}.half().cuda()", "GPU", 4, False, "int4"),
     ("CPU", f"{INT4}.half()", HEADLINE, 4, False, "results"),
-    ("CPU, faster", f"{INT4}.half().quantize(4, embedding=True, output_layer=True)", HEADLINE, 4, True, None),
+    ("CPU, faster", f"{INT4}.half().quantize(4, embedding=True, output_layer=True)", HEADLINE, 4, True, ("float16", 4)),
     ("CPU, not quantized", f"{LOAD}.bfloat16()", HEADLINE, 16, False, None),
-    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, "start"),
+    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, ("int4", 0)),
     ("Mac", f'{LOAD}.half().to("mps")', "other", 16, False, None),
 )
 
