@@ -64,7 +64,7 @@ def sample_ids(calibration, tokenizer, vocab_size: int) -> List[Tensor]:
     for i, item in enumerate(calibration):
         try:
             ids = _ids(item, tokenizer)
-        except ValueError as error:
+        except Exception as error:  # a chat template raises jinja2's
             raise ValueError(f"calibration[{i}]: {error}") from error
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise ValueError(f"calibration[{i}] has ids from {ids.min()} to {ids.max()}, but the vocabulary has ids 0 "

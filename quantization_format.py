@@ -94,7 +94,7 @@ def search_scale(
     out, columns = weight.shape
     group = group_size or columns
     scale = torch.zeros(out, columns // group if group else 1, dtype=weight.dtype, device=weight.device)
-    importance = 1 if importance is None else importance.float().view(-1, group)
+    importance = 1 if importance is None else importance.float().contiguous().view(-1, group)  # a diagonal is strided
     rows = max(CHUNK // 16 // max(columns, 1), 1)  # which a core's cache holds: each is read some hundred times
     for i in range(0, out if columns else 0, rows):
         w = weight[i : i + rows].float().view(-1, columns // group, group)

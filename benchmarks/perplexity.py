@@ -30,7 +30,7 @@ def arguments(parser):
     parser.add_argument("--model", type=Path, required=True, help="folder of float weights")
     parser.add_argument("--text", type=Path, required=True, help="text to measure on, documents between blank lines")
     parser.add_argument("--calibration", type=Path, required=True, help="other text, or conversations (.jsonl)")
-    parser.add_argument("--samples", type=int, default=256, help="for calibration (default: 256)")
+    parser.add_argument("--samples", type=int, default=128, help="for calibration (default: 128)")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text (default: 8192)")
     parser.add_argument("--only", nargs="+", choices=SCHEMES, help="these schemes alone")
     parser.add_argument("--dtype", default="float32")

@@ -40,7 +40,7 @@ def check_room(config, dtype, bits, target):
         )
 
 
-def export(source, target, bits=4, scale="max", calibration=None, samples=256, device="cpu"):
+def export(source, target, bits=4, scale="max", calibration=None, samples=128, device="cpu"):
     """Write the checkpoint `source` to the new folder `target`, in int4 or int8 and otherwise in its dtype.
 
     Args:
@@ -75,7 +75,7 @@ def main(arguments=None):
     add("--bits", type=int, default=4, choices=[4, 8])
     add("--scale", default="max", choices=["max", "mse"], help="mse: search each row's scale for the least error")
     add("--calibration", metavar="FILE", help="a file of samples of what the model will read and write")
-    add("--samples", type=count, default=256, help="how many of them are used (default: 256)")
+    add("--samples", type=count, default=128, help="how many of them are used (default: 128)")
     add("--device", type=device, default="auto", help="where to calibrate: auto, cpu, cuda, cuda:1 (default: auto)")
     args = parser.parse_args(arguments)
     if args.calibration and args.scale != "max":

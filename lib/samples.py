@@ -8,7 +8,7 @@ from jsonl import json_lines, text_lines
 TOKENS = 512  # of a piece of text
 
 
-def read_samples(path, tokenizer, count=256):
+def read_samples(path, tokenizer, count=128):
     """Up to `count` samples for `quantize(calibration=...)`, chosen at random, the same ones every time.
 
     A .jsonl file gives conversations, {"messages": [{"role": ..., "content": ...}, ...]} a line, as fine-tuning reads
