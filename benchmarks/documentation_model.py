@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from common import ROOT
 
-PACKAGES = {  # Debian package -> the files that are read; their licences in the order of the packages
-    "libreoffice-help-zh-cn": r"text/.*\.html$",  # MPL-2.0 and LGPL-3+
+PACKAGES = {  # Debian package -> the files that are read; behind it the licence of most of them
+    "libreoffice-help-zh-cn": r"text/.*\.html$",  # MPL-2.0
     "libreoffice-help-en-us": r"text/.*\.html$",
     "gimp-help-zh-cn": r"\.html$",  # GFDL-1.2+
     "gimp-help-en": r"\.html$",
@@ -31,16 +31,16 @@ PACKAGES = {  # Debian package -> the files that are read; their licences in the
     "debian-handbook": r"html/(en-US|zh-CN)/.*\.html$",  # GPL-2+ or CC-BY-SA-3.0
     "debian-reference-zh-cn": r"\.zh-cn\.html$",  # GPL-2+
     "debian-reference-en": r"\.en\.html$",
-    "debian-faq-zh-cn": r"\.html$",  # GPL-2+
+    "debian-faq-zh-cn": r"\.html$",  # copies and changes under the same terms
     "debian-faq": r"\.en\.html$",
     "debian-edu-doc-zh-cn": r"bookworm.*\.html$",  # GPL-2+
     "maint-guide-zh-cn": r"\.html$",  # GPL-2+
-    "kicad-doc-zh": r"\.html$",  # GPL-3+ or CC-BY-3.0+
+    "kicad-doc-zh": r"\.html$",  # GPL-3+
     "kicad-doc-en": r"\.html$",
     "lilypond-doc-html-zh": r"\.zh\.html$",  # GFDL-1.3+
-    "manpages-zh": r"man/zh_CN/.*\.gz$",  # GFDL-1.2+, GPL-2+ and those of the programs
-    "manpages": r"man/man.*\.gz$",  # GPL-2+, BSD and the Linux man-pages licence
-    "fortunes-zh": r"(tang300|song100|chinese)$",  # GPL-2+ and poems of the eighth to thirteenth centuries
+    "manpages-zh": r"man/zh_CN/.*\.gz$",  # GFDL-1.2+, GPL-2+
+    "manpages": r"man/man.*\.gz$",  # Linux-man-pages-copyleft, GPL-2+
+    "fortunes-zh": r"(tang300|song100|chinese)$",  # GPL-3+
 }
 SHAPE = {
     "num_layers": 5,
@@ -194,7 +194,7 @@ def train_tokenizer(texts, folder, vocab_size):
 
 
 def prepare(folder, vocab_size):
-    """Write the two texts, the tokenizer and `ids.pt`, the examples to train on: int16 [N, LENGTH]."""
+    """Write the two texts, the tokenizer and `ids.pt`, the examples to train on: int32 [N, LENGTH]."""
     texts = documents(folder / "packages")
     held_back = [text for text in texts if is_held_back(text)]
     texts = [text for text in texts if not is_held_back(text)]
@@ -203,7 +203,7 @@ def prepare(folder, vocab_size):
     (folder / "train.txt").write_text("\n\n".join(texts), encoding="utf-8")
     tokenizer = train_tokenizer(texts, folder, vocab_size)
     ids = [i for text in texts for i in [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]]
-    torch.save(torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH).short(), folder / "ids.pt")
+    torch.save(torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH).int(), folder / "ids.pt")
     print(f"{len(held_back)} documents held back; {len(ids) / 1e6:.2f} million tokens to train on", flush=True)
 
 

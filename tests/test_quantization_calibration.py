@@ -165,6 +165,17 @@ def test_calibration_follows_the_other_options(make_model):
     assert model.config.quantization_options["group_size"] == 32
 
 
+def test_every_public_class_calibrates(make_model):
+    from chatglm2.modeling_chatglm import ChatGLMForSequenceClassification, ChatGLMModel
+
+    for cls in (ChatGLMModel, ChatGLMForSequenceClassification):
+        model = make_model(cls=cls).bfloat16().quantize(8, calibration=SAMPLES[:5])
+        assert all(layer.bits == 8 and layer.weight_scale.dtype == torch.bfloat16 for layer in linears(model).values())
+        assert model(torch.tensor([[5, 6, 7]]))[0].isfinite().all()
+    with pytest.raises(ValueError, match="query_key_value: the weight is on the meta device"):
+        make_model().to("meta").quantize(4, calibration=SAMPLES)
+
+
 @pytest.mark.needs_transformers("4.34", "chat templates")
 def test_every_form_of_sample_gives_the_tokenizers_ids(tokenizer):
     messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
