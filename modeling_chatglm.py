@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, n
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
     from .family_chatglm import find_rope_ratio_type  # noqa: F401
     from .inference_cpu_source import TILE  # noqa: F401
+    from .quantization_calibration import calibrate  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
     from .quantization_cpu_avx2 import strip_source  # noqa: F401

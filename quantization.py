@@ -17,12 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantization_format import Family, check_bits, check_weight, dequantize_weight, quantize_weight, reference_linear
+from .quantization_calibration import calibrate, samples_for
+from .quantization_format import (
+    Family,
+    check_bits,
+    check_weight,
+    dequantize_weight,
+    quantize_weight,
+    quantize_with_search,
+    reference_linear,
+)
 from .torch_compat import autocast_dtype, is_compiling, needs_dispatch
 from .transformers_compat import progress_bar
 
 LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the four linear layers of every block
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of inputs
+SCALES = ("max", "mse")  # how a row's scale is found
 RELEASED = ""  # the layout of the released checkpoints; every other layout has the name of its family
 
 
@@ -93,8 +103,12 @@ def to_released_format(weight: Tensor, layout: str, out_features: int, in_featur
     return family(layout).layout.from_layout(weight, out_features, in_features, bits)
 
 
-def round_weight(weight: Tensor, bits: int, group_size: Optional[int] = None) -> Tuple[Tensor, Tensor]:
-    """`quantize_weight`, bit for bit, by a kernel where a family for this device has one."""
+def round_weight(
+    weight: Tensor, bits: int, group_size: Optional[int] = None, scale: str = "max"
+) -> Tuple[Tensor, Tensor]:
+    """`quantize_weight`, bit for bit, by a kernel where a family for this device has one; scale="mse" searches."""
+    if scale == "mse":
+        return quantize_with_search(weight, bits, group_size)
     for name in [name for name, kind in FAMILIES.items() if kind == weight.device.type]:
         quantize = family(name).quantize
         if quantize and family(name).unavailable(weight.device) is None:
@@ -288,14 +302,18 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, bits: int, *, group_size=None, backend="auto",
-                    empty=False) -> "QuantizedLinear":  # fmt: skip
-        """The quantized form of `linear`, on its device, with scales in its dtype; without values if `empty`."""
+    def from_linear(cls, linear: nn.Linear, bits: int, *, group_size=None, backend="auto", empty=False,
+                    rounded=None) -> "QuantizedLinear":  # fmt: skip
+        """The quantized form of `linear`, on its device, with scales in its dtype; without values if `empty`.
+
+        rounded: (weight in the released packing, scale), by default those of `quantize_weight`.
+        """
         device = linear.weight.device if empty else "meta"
         layer = cls(linear.in_features, linear.out_features, bits, bias=linear.bias is not None, group_size=group_size,
                     backend=backend, device=device, dtype=linear.weight.dtype)  # fmt: skip
         if not empty:
-            layer.weight, layer.weight_scale = map(_frozen, round_weight(linear.weight.detach(), bits, group_size))
+            rounded = rounded or round_weight(linear.weight.detach(), bits, group_size)
+            layer.weight, layer.weight_scale = map(_frozen, rounded)
             layer.bias = None if linear.bias is None else _frozen(linear.bias.clone())
         return layer.train(linear.training)
 
@@ -369,7 +387,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
 def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, skip=(), embedding: bool = False,
              output_layer: bool = False, backend: Optional[str] = None, empty_init: bool = False,
-             device=None) -> nn.Module:  # fmt: skip
+             device=None, scale: str = "max", calibration=None, tokenizer=None) -> nn.Module:  # fmt: skip
     """Replace the four linear layers of every block with int8 or int4 ones, in place, and return the model.
 
     Args:
@@ -380,6 +398,11 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
         backend: a kernel family by name, also for layers that are quantized already. New layers default to "auto".
         empty_init: create the layers without values, for a checkpoint to fill.
         device: move `model` there once it is quantized.
+        scale: "max" is the released format's max|w| / 7 (or / 127); "mse" searches the scale with the least squared
+            error, in the same format.
+        calibration: a few hundred samples, each a text, messages or token ids, on which the layers of the blocks keep
+            their outputs as well as the format allows (quantization_calibration.py). It takes longer than rounding.
+        tokenizer: for texts and messages.
 
     Layers are replaced one by one, so peak memory is the model and one layer. All of them are checked first: a
     ValueError leaves the model unchanged. Layers that are quantized already keep their weights; it is a ValueError if
@@ -389,6 +412,10 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
         return model if device is None else model.to(device)
     check_bits(bits)
     check_backend(backend or "auto")
+    check_scale(scale)
+    if scale != "max" and calibration is not None:
+        raise ValueError(f"scale={scale!r} and calibration were given: calibration searches scales itself, pass one")
+    samples = samples_for(model, calibration, tokenizer, empty_init)
     wanted, quantized, chosen = {"word_embeddings": embedding, "output_layer": output_layer}, [], {}
     for name, layer in progress_bar(_find(model, skip).items(), "Checking weights"):
         kind = name.rpartition(".")[2]
@@ -416,20 +443,38 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
     for layer in quantized:
         layer.backend = backend
     try:
+        calibrated = {name: chosen.pop(name) for name in list(chosen) if samples and name.rpartition(".")[2] in LAYERS}
         for name, options in progress_bar(chosen.items(), f"Quantizing to int{bits}"):
-            parent, _, child = name.rpartition(".")
-            parent = model.get_submodule(parent)
-            setattr(parent, child, _quantized(getattr(parent, child), *options, backend or "auto", empty_init))
+            _replace(model, name, *options, backend or "auto", empty_init, scale)
+        for name, rounded in calibrate(model, calibrated, samples):
+            _replace(model, name, *calibrated[name], backend or "auto", rounded=rounded)
     finally:  # if interrupted, the config describes the layers that are quantized by then
         if getattr(model, "config", None) is not None:
             _write_config(model, bits, group_size)
     return model if device is None else model.to(device)
 
 
-def _quantized(layer: nn.Module, bits: int, group_size: Optional[int], backend: str, empty: bool) -> QuantizedModule:
+def check_scale(scale: str) -> None:
+    """Raise ValueError for an unknown way to find scales."""
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is unknown: choose {' or '.join(map(repr, SCALES))}")
+
+
+def _replace(model: nn.Module, name: str, bits: int, group_size: Optional[int], backend: str, empty=False, scale="max",
+             rounded: Optional[Tuple[Tensor, Tensor]] = None) -> None:  # fmt: skip
+    """Put the quantized form of the layer `name` in its place."""
+    parent, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent)
+    layer = getattr(parent, child)
     if isinstance(layer, nn.Embedding):
-        return QuantizedEmbedding.from_embedding(layer, empty=empty)
-    return QuantizedLinear.from_linear(layer, bits, group_size=group_size, backend=backend, empty=empty)
+        new = QuantizedEmbedding.from_embedding(layer, empty=empty)
+    else:
+        if scale == "mse" and not empty:
+            rounded = round_weight(layer.weight.detach(), bits, group_size, scale)
+        new = QuantizedLinear.from_linear(
+            layer, bits, group_size=group_size, backend=backend, empty=empty, rounded=rounded
+        )
+    setattr(parent, child, new)
 
 
 def _write_config(model: nn.Module, bits: int, group_size: Optional[int]) -> None:

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from .quantization import FAMILIES, QuantizedLinear, check_backend, choose, quantize, round_weight
+from .quantization import FAMILIES, QuantizedLinear, check_backend, check_scale, choose, quantize, round_weight
 from .quantization_format import check_bits
 from .torch_compat import has_accelerator
 from .transformers_compat import QuantizationConfigMixin, RoundingQuantizer, progress_bar, register_quantization
@@ -21,15 +21,16 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     """bits 8 or 4, and the options of `quantization.quantize`."""
 
     def __init__(self, bits=4, group_size=None, skip=(), embedding=False, output_layer=False, backend="auto",
-                 quant_method="chatglm", **unknown):  # fmt: skip
+                 scale="max", quant_method="chatglm", **unknown):  # fmt: skip
         check_bits(bits)
         check_backend(backend)
+        check_scale(scale)
         if unknown:
             raise ValueError(f"quantization_config does not support {', '.join(unknown)}: give bits, group_size, skip, "
-                             "embedding, output_layer, backend")  # fmt: skip
+                             "embedding, output_layer, backend, scale")  # fmt: skip
         self.quant_method = quant_method
         self.bits, self.group_size, self.skip = bits, group_size, (skip,) if isinstance(skip, str) else tuple(skip)
-        self.embedding, self.output_layer, self.backend = embedding, output_layer, backend
+        self.embedding, self.output_layer, self.backend, self.scale = embedding, output_layer, backend, scale
 
 
 class ChatGLMQuantizer(RoundingQuantizer):
@@ -50,7 +51,8 @@ class ChatGLMQuantizer(RoundingQuantizer):
     def rounded(self, layer, name, weight):
         """(rounded weight, its scale) for `layer`, from its float weight, which is called `name`."""
         try:
-            tensors = round_weight(weight, layer.bits, layer.group_size)
+            scale = self.quantization_config.scale if isinstance(layer, QuantizedLinear) else "max"
+            tensors = round_weight(weight, layer.bits, layer.group_size, scale)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         release_pages(weight)

@@ -13,6 +13,8 @@
     python benchmarks footprint     memory of int4 and int8 at the 6.2B shapes, with a prompt and an answer
     python benchmarks lookup        prompt lookup beside plain decoding, where an answer repeats its prompt or not
     python benchmarks quality       what int8, int4 and int4 in groups cost the tiny checkpoint's answers
+    python benchmarks documentation_model  train a model on documentation of Debian, for `perplexity`
+    python benchmarks perplexity    what int8 and int4 of every kind cost a model on real text
     python benchmarks gpu           one prepared run on a GPU: correct, how fast, in how much memory
     python benchmarks sass          machine instructions that the GPU kernels spend on a byte of weights
     python benchmarks tables        write the pages' tables and the pictures from results/

@@ -340,6 +340,24 @@ def quality(say, processor):
     return table(["weights", "cross entropy", "divergence", "answers"], rows, records, "quality", say)
 
 
+def perplexity(say, processor):
+    """A row for each kind of quantization, with the figures of all models side by side."""
+    records = newest(processor, "perplexity", "model")[::-1]
+    rows = {}
+    for record in records:
+        plain, ours = ({row["weights"]: row for row in record["rows"]}[name] for name in ("int4", "float"))
+        for row in record["rows"]:
+            shares = []
+            for figure in ("perplexity", "divergence"):
+                lost, all_of_it = row[figure] - ours[figure], plain[figure] - ours[figure]
+                shares.append(f"{100 * (1 - lost / all_of_it):.0f}%" if row["weights"] not in ("float", "int4") else "")
+            cells = [f"{row['perplexity']:.2f}", f"{row['divergence']:.5f}", f"{100 * row['agreement']:.1f}%", *shares]
+            rows.setdefault(row["weights"], []).append(cells)
+    lines = [[name, *(", ".join(filter(None, cells)) for cells in zip(*models))] for name, models in rows.items()]
+    header = ["weights", "perplexity", "divergence", "agreement", "perplexity regained", "divergence regained"]
+    return table(header, lines, records, "perplexity", say)
+
+
 def starting(say, processor):
     """The newest run's medians, of this version and of the one before it."""
     records, rows = newest(processor, "start")[:1], []
@@ -567,6 +585,7 @@ MAKERS = (
     footprint,
     starting,
     quality,
+    perplexity,
     gpu_decode,
     gpu_prefill,
     gpu_memory,

@@ -99,7 +99,7 @@ def save(model, tokenizer, folder):
     if sys.stderr.isatty():
         print(f"Saving {size / 1e9:.1f} GB to {folder} ...", file=sys.stderr)
     include_code(model, tokenizer)
-    model.save_pretrained(partial, max_shard_size="1GB")
+    model.save_pretrained(partial, max_shard_size="1GB", safe_serialization=True)
     tokenizer.save_pretrained(partial)
     partial.replace(folder)
     lay_out(model)  # saving has put the released packing back

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from chatglm2.quantization_format import check_weight, dequantize_weight, pack, quantize_weight, unpack
+from chatglm2.quantization_format import (
+    check_weight,
+    dequantize_weight,
+    pack,
+    quantize_weight,
+    quantize_with_search,
+    search_scale,
+    unpack,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantization_helpers import DTYPES
@@ -95,7 +103,46 @@ def test_smaller_groups_round_int4_more_finely(group_size, least):
     assert least < error < least + 0.05
 
 
-@pytest.mark.parametrize("function", [quantize_weight, check_weight])
+@given(
+    st.integers(1, 12),
+    st.integers(1, 70),
+    st.sampled_from([4, 8]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([1e-6, 1.0, 1e4]),
+    st.sampled_from([1, 4]),
+    st.integers(0, 10**6),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_searched_scale_is_never_worse(out, k, bits, dtype, size, power, seed):
+    """Than max|w| / 7 row by row, on weights with few or many that stand out, up to what the dtype itself rounds."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = (torch.randn(out, 2 * k, generator=generator) ** power * size).clamp(-6e4, 6e4).to(dtype)
+    dense[0] = 0
+
+    def error(packed, scale):
+        return (dequantize_weight(packed, scale, bits, torch.float64) - dense.double()).square().sum(1)
+
+    packed, scale = quantize_with_search(dense, bits)
+    assert packed.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (out,)
+    assert (error(packed, scale) <= error(*quantize_weight(dense, bits)) * 1.001).all()
+
+
+@pytest.mark.parametrize("group_size, most", [(None, 0.11), (128, 0.103), (32, 0.088)])
+def test_searched_scale_cuts_off_what_stands_out(group_size, most):
+    """A normal distribution in rows of 4,096: 15.7% becomes 10.9%, -8 is used, and importance shifts the error."""
+    torch.manual_seed(0)
+    dense = torch.randn(64, 4096)
+    packed, scale = quantize_with_search(dense, 4, group_size)
+    assert (dequantize_weight(packed, scale, 4) - dense).norm() < most * dense.norm()
+    assert unpack(packed).min() == -8
+    importance = torch.ones(4096)
+    importance[:64] = 1000
+    weighted = search_scale(dense, 4, 4096, importance)
+    rest = [((dense / s).round().clamp(-8, 7) * s - dense)[:, :64].norm() for s in (weighted, search_scale(dense, 4))]
+    assert rest[0] < 0.95 * rest[1]
+
+
+@pytest.mark.parametrize("function", [quantize_weight, check_weight, quantize_with_search])
 @pytest.mark.parametrize(
     "change, arguments, message",
     [
