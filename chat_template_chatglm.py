@@ -14,6 +14,16 @@ GENERATION_TAG = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")  # around
 PAD_OPTIONS = {"pad_to_multiple_of", "padding_side", "return_attention_mask"}
 
 
+class RenderedChat(str):
+    """A chat as text, which the tokenizer encodes to the ids of the chat, whatever `add_special_tokens` is.
+
+    Programs that render a chat first and encode the text later, as vLLM does, expect special tokens in the text, and
+    none from the tokenizer. Any other string is plain text.
+    """
+
+    pieces = None  # what `tokenize` returns, where the text does not tell
+
+
 class ChatTemplateMixin:
     """The chat template of a ChatGLMTokenizer; must precede PreTrainedTokenizer in the bases."""
 
@@ -29,6 +39,12 @@ class ChatTemplateMixin:
         elif getattr(self, "chat_template", None) is None and os.path.isfile(path):
             with open(path, encoding="utf-8") as f:
                 self.chat_template = f.read()
+
+    def __call__(self, text=None, *args, **kwargs):
+        """As in transformers; a RenderedChat always gets [gMASK] sop, which belong to the chat."""
+        if isinstance(text, RenderedChat):
+            kwargs["add_special_tokens"] = True
+        return super().__call__(text, *args, **kwargs)
 
     def apply_chat_template(
         self, conversation, tools=None, documents=None, chat_template=None, add_generation_prompt=False,
@@ -88,7 +104,14 @@ class ChatTemplateMixin:
 
         rendered = render()
         if not tokenize:
-            return rendered
+            if not isinstance(rendered, str) or not (add_generation_prompt or continued):
+                return rendered
+            chat = RenderedChat(rendered)
+            if isinstance(self.conversation, Roles) and template == self.chat_template and documents is None:
+                options = {"add_generation_prompt": add_generation_prompt, "return_dict": False, **kwargs}
+                ids = self.apply_chat_template(conversation, **options)
+                chat.pieces = self.convert_ids_to_tokens(ids[2:])  # behind [gMASK] sop
+            return chat
         batched = not isinstance(rendered, str)
         rows = [[text] for text in (rendered if batched else [rendered])]
         if learned and GENERATION_TAG.search(template):

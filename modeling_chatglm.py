@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, n
     from .inference_cpu_source import TILE  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401
+    from .quantization_cpu_avx2 import strip_source  # noqa: F401
     from .quantization_cpu_source import source  # noqa: F401
     from .quantization_format import pack  # noqa: F401
     from .quantization_loading import ChatGLMQuantizer  # noqa: F401

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .c_library import ADDRESS, INT, LONG, load
+from .quantization_cpu_avx2 import MOST
 from .quantization_cpu_source import TYPES, WIDEST, source
 from .quantization_format import Family, Layout, check_finite, check_shape, quantize_weight, without_overflow
 from .quantization_stock import linear as stock_linear
@@ -150,7 +151,10 @@ def _linear(x, weight, weight_scale, bias, bits):
         _call("linear_float32", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, bits, *types[1:])
         return y
     group, width = min(group_size or GROUP, GROUP), _padded(k, GROUP)
-    scratch = torch.empty(tables + (n + WIDEST) * (width + 8 * (width // group)), dtype=torch.int8, device="cpu")
+    inputs, together = (n + WIDEST) * (width + 8 * (width // group)), min(n + 3, MOST)
+    # `prompt` of AVX2 has 16 bits for an input, and for each thread a strip of weights and sums
+    prompt = together * (2 * width + 8 * (width // group)) + threads * (64 * group + 128 + 128 * together)
+    scratch = torch.empty(tables + max(inputs, prompt), dtype=torch.int8, device="cpu")
     _call("linear", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, group, bits, *types)
     return y
 

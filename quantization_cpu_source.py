@@ -3,18 +3,21 @@
 Weight layout: int8 [out / 32, in / step, 128], padded to whole blocks of 32 rows and 128 inputs. A step is 4 inputs
 (int8) or 8 (int4) of 32 rows: byte 4 * row + input holds q + 128, or q + 8 with the next four inputs in the high
 nibble. The values are unsigned because the dot product instruction requires it; sums start at -128 or -8 times the sum
-of the group's inputs to cancel the offset (AVX2 uses signed int8 and starts at 0). The layout is the same for one token
+of the group's inputs to cancel the offset (AVX2 without VNNI restores signed int8). The layout is the same for one token
 and many, and for both instruction sets.
 
-Only the tile, a group of inputs times 32 rows, differs: hand-written 512-bit assembly, or 256-bit intrinsics.
+Only the tile, a group of inputs times 32 rows, differs: hand-written 512-bit assembly, or 256-bit intrinsics and int8
+prompts of their own (`quantization_cpu_avx2`).
 """
 
 import torch
 
+from .quantization_cpu_avx2 import AHEAD, TOKENS
+from .quantization_cpu_avx2 import source as avx2_source
+
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # dtypes as the C code numbers them
-TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": (1, 2, 4)}  # tokens per tile, as many as the registers hold
+TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": TOKENS}  # tokens per tile, as many as the registers hold
 WIDEST = max(max(tokens) for tokens in TILES.values())
-AHEAD = 8192  # prefetch distance in bytes of weights: a sixth faster than hardware prefetching alone
 
 
 def tile_source(bits: int, tokens: int) -> str:
@@ -196,112 +199,25 @@ static void quantize_token(const void *x, int type, long k, long padded, long gr
 }
 """
 
-AVX2 = r"""
-enum { OFFSET_4 = 8, OFFSET_8 = 0 };
-
-/* sum + products of unsigned and signed bytes, four per lane; any two products must fit in 16 bits */
-static inline __m256i dot(__m256i sum, __m256i u, __m256i s) {
-#ifdef __AVXVNNI__
-  return _mm256_dpbusd_avx_epi32(sum, u, s);
-#else
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
-#endif
-}
-
-/* The same for nibbles u: sums of 16 bits, which hold eight such dots, or of 32. The empty asm fixes the order of the
-   additions: GCC's own order runs out of registers. */
-static inline __m256i dot_nibbles(__m256i sum, __m256i u, __m256i s) {
-#ifdef __AVXVNNI__
-  return dot(sum, u, s);
-#else
-  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s));
-  asm("" : "+x"(sum));
-  return sum;
-#endif
-}
-
-/* The sums of dot_nibbles in 32 bits. */
-static inline __m256i widened(__m256i sum) {
-#ifdef __AVXVNNI__
-  return sum;
-#else
-  return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-#endif
-}
-
-static inline __m256i quad(const int8_t *x) {
-  int32_t four;
-  memcpy(&four, x, 4);
-  return _mm256_set1_epi32(four);
-}
-
-/* 8 * parts rows at a time. int8 moves the sign of w to x: two products are at most 2 * 128 * 127, which fits. */
-static inline __attribute__((always_inline)) void multiply(const uint8_t *w, const int8_t *x, const int32_t *start,
-    const float *xs, const float *ws, float *sums, long steps, int bits, int tokens, int parts) {
-  const __m256i nibble = _mm256_set1_epi8(15), highest = _mm256_set1_epi8(-128);
-  const int together = bits == 8 ? 1 : 4;
-  for (int from = 0; from < 4; from += parts) {
-    __m256i sum[4][4];
-    for (int t = 0; t < tokens; t++)
-      for (int p = 0; p < parts; p++) sum[t][p] = _mm256_set1_epi32(start[t]);
-    const int8_t *quads = x;
-    const uint8_t *at = w + 32 * from;
-    for (long step = 0; step < steps; step += together) {
-      __m256i some[4][4] = {0};
-      #pragma GCC unroll 4
-      for (int i = 0; i < together; i++, at += 128, quads += 4 * tokens * (bits == 8 ? 1 : 2)) {
-        __m256i v[4], low[4], high[4];
-        for (int p = 0; p < parts; p++) {
-          if (p % 2 == 0) _mm_prefetch((const char *)at + 32 * p + AHEAD, _MM_HINT_T0);
-          v[p] = _mm256_loadu_si256((const __m256i *)(at + 32 * p));
-          if (bits == 8) {
-            v[p] = _mm256_xor_si256(v[p], highest);
-            low[p] = _mm256_abs_epi8(v[p]);
-          } else {
-            low[p] = _mm256_and_si256(v[p], nibble), high[p] = _mm256_and_si256(_mm256_srli_epi32(v[p], 4), nibble);
-          }
-        }
-        for (int t = 0; t < tokens; t++) {
-          const __m256i s = quad(quads + 4 * t);
-          for (int p = 0; p < parts; p++)
-            if (bits == 8) sum[t][p] = dot(sum[t][p], low[p], _mm256_sign_epi8(s, v[p]));
-            else some[t][p] = dot_nibbles(some[t][p], low[p], s);
-        }
-        for (int t = 0; t < tokens && bits == 4; t++) {
-          const __m256i s = quad(quads + 4 * (tokens + t));
-          for (int p = 0; p < parts; p++) some[t][p] = dot_nibbles(some[t][p], high[p], s);
-        }
-      }
-      for (int t = 0; t < tokens && bits == 4; t++)
-        for (int p = 0; p < parts; p++) sum[t][p] = _mm256_add_epi32(sum[t][p], widened(some[t][p]));
-    }
-    for (int t = 0; t < tokens; t++)
-      for (int p = 0; p < parts; p++) {
-        float *to = sums + 32 * t + 8 * (from + p);
-        __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(ws + 8 * (from + p)), _mm256_set1_ps(xs[t]));
-        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t][p]), scale, _mm256_loadu_ps(to)));
-      }
-  }
-}
-
-#define TILE(BITS, TOKENS, PARTS) static void tile_##BITS##_##TOKENS(const uint8_t *w, const int8_t *x, \
-    const int32_t *start, const float *xs, const float *ws, float *sums, long steps) { \
-  multiply(w, x, start, xs, ws, sums, steps, BITS, TOKENS, PARTS); \
-}
-TILE(4, 1, 4) TILE(4, 2, 2) TILE(4, 4, 2) TILE(8, 1, 4) TILE(8, 2, 4) TILE(8, 4, 2)
-"""
-
-BODY = r"""
+WIDTH = r"""
 int omp_get_thread_num(void);
 
 /* The number of tokens in the smallest tile that holds `tokens`. */
 static int width(long tokens) { return tokens > 8 ? WIDEST : tokens > 4 ? min(8, WIDEST) : tokens > 2 ? 4 : tokens; }
+"""
 
+BODY = r"""
 /* y[n][out] = x[n][k] times the weight, plus bias, which has scale's type. groups: weight scales a row; group: inputs
    that share an activation scale. scratch begins with a table of scales, [groups][32], for each thread: the stack of a
    thread is too small for one. */
 void linear(const void *x, void *y, const uint8_t *w, const void *scale, const void *bias, char *scratch, long n,
             long k, long out, long groups, long group, int bits, int xtype, int stype, int threads) {
+#ifdef PROMPT
+  if (bits == 8 && n >= PROMPT) {
+    prompt(x, y, w, scale, bias, scratch, n, k, out, groups, group, xtype, stype, threads);
+    return;
+  }
+#endif
   long padded = (k + 127) / 128 * 128, ng = padded / group, blocks = (out + 31) / 32;
   long tiles = (n + WIDEST - 1) / WIDEST, room = n + WIDEST;
   int8_t *q = (int8_t *)scratch + threads * groups * 128;
@@ -520,13 +436,13 @@ void quantize(const char *w, uint8_t *packed, void *scale, long rows, long group
 
 def source(instructions: str) -> str:
     """Return the C file for "avx512" or "avx2": the tiles between the shared parts."""
+    tiles = f"enum {{ WIDEST = {max(TILES[instructions])} }};\n{WIDTH}"
     if instructions == "avx2":
-        tiles = AVX2
+        tiles += avx2_source()
     else:
-        tiles = "enum { OFFSET_4 = 8, OFFSET_8 = 128 };\n"
+        tiles += f"enum {{ OFFSET_4 = 8, OFFSET_8 = 128, AHEAD = {AHEAD} }};\n"
         tiles += "".join(tile_source(bits, tokens) for bits in (4, 8) for tokens in TILES["avx512"])
-    tiles += f"enum {{ WIDEST = {max(TILES[instructions])} }};\n"
     for bits in (4, 8):
         entries = ", ".join(f"[{tokens}] = tile_{bits}_{tokens}" for tokens in TILES[instructions])
         tiles += f"static const tile tiles_{bits}[] = {{{entries}}};\n"
-    return f"enum {{ AHEAD = {AHEAD} }};\n" + HEAD + tiles + BODY + PREPARE
+    return HEAD + tiles + BODY + PREPARE

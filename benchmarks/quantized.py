@@ -1,18 +1,18 @@
-"""int4, int8 and half precision at the 6.2B shapes: tokens/s, compared with llama.cpp and the original's method.
+"""int4, int8 and half precision at the 6.2B shapes: tokens/s, beside llama.cpp, ik_llama.cpp and the original's method.
 
-Weights are random. llama.cpp (Q4_0, Q8_0, the same number of threads) runs in its own process if --llama names a Python
-that has llama-cpp-python and gguf. The original dequantizes a weight, then multiplies: the linear layers of one block
-are timed and scaled to all blocks, after the others, which they would slow down.
+Weights and caches are random. llama.cpp and ik_llama.cpp (Q4_0, Q8_0, the same number of threads) run in processes of
+their own if --llama and --ik name a Python that has them. The original dequantizes a weight, then multiplies: the
+linear layers of one block are timed and scaled to all blocks, after the others, which they would slow down.
 """
 
 import statistics
-import subprocess
 from functools import partial
-from pathlib import Path
 
+import peers
 import torch
 from common import (
     c_library,
+    filled_cache,
     machine,
     memory_bandwidth,
     quantization,
@@ -24,8 +24,8 @@ from common import (
     take_turns,
 )
 
-TASKS = {"decode": 8, "prefill 32": 32, "prefill 512": 512}  # tokens
-CONTEXT = 32  # what decoding begins with
+DECODE = {"decode": 32, "decode 4096": 4096, "decode 8192": 8192}  # the contexts at which 8 tokens are decoded
+PREFILL = {"prefill 32": 32, "prefill 512": 512}  # tokens
 
 
 def arguments(parser):
@@ -39,55 +39,39 @@ def arguments(parser):
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--group-size", type=int, help="a scale for so many inputs, not for a row")
     parser.add_argument("--small-head", action="store_true", help="the embedding and the output layer in int8 too")
-    parser.add_argument("--llama", help="a Python with llama-cpp-python and gguf")
+    peers.arguments(parser)
 
 
 @torch.inference_mode()
 def feed(model, tokens, cache=None):
-    """Pass so many tokens, and return the cache."""
     ids = torch.arange(100, 100 + tokens, device=model.device)[None]
-    return model(ids, cache=cache, use_cache=True, logits_to_keep=1).cache
+    model(ids, cache=cache, use_cache=True, logits_to_keep=1)
 
 
-def time_ours(model, task):
-    """Seconds of a task."""
-    if task != "decode":
-        return seconds(partial(feed, model, TASKS[task]), model.device)
-    cache = feed(model, CONTEXT)
-    return seconds(lambda: [feed(model, 1, cache) for _ in range(TASKS[task])], model.device)
+def timer(model, task):
+    """A function that returns the seconds of a task."""
+    if task in PREFILL:
+        return lambda: seconds(partial(feed, model, PREFILL[task]), model.device)
+    with torch.inference_mode():
+        cache = filled_cache(model, DECODE[task])
+    return lambda: seconds(lambda: [feed(model, 1, cache) for _ in range(8)], model.device)
+
+
+def peer_timer(peer, task):
+    """As `timer`, of a peer."""
+    return partial(peer.prefill, PREFILL[task]) if task in PREFILL else partial(peer.decode, 8, DECODE[task])
 
 
 @torch.inference_mode()
 def time_original(block, layers, task):
     """Seconds that the linear layers of a task take when each weight is dequantized first."""
-    total, tokens = 0.0, 1 if task == "decode" else TASKS[task]
+    total, tokens = 0.0, PREFILL.get(task, 1)
     for layer in block:
         x = torch.randn(tokens, layer.in_features, device=layer.weight.device).to(layer.weight_scale.dtype)
         weight = layer.state_dict()["weight"]  # in the released packing
         work = partial(quantization_format.reference_linear, x, weight, layer.weight_scale, layer.bias, layer.bits)
         total += seconds(work, x.device)
-    return total * layers * TASKS[task] / tokens
-
-
-class Llama:
-    """llama.cpp in a process of its own."""
-
-    def __init__(self, python, bits, layers):
-        script = Path(__file__).with_name("llama_cpp_timer.py")
-        command = [python, script, {4: "q4_0", 8: "q8_0"}[bits], str(layers), str(torch.get_num_threads())]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-        if self.process.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"{python} {script} did not start: run it by hand to see why")
-
-    def time(self, task):
-        """Seconds of a task."""
-        print(task.split()[0], TASKS[task], file=self.process.stdin, flush=True)
-        return float(self.process.stdout.readline()) * TASKS[task]
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+    return total * layers * (1 if task in PREFILL else 8)
 
 
 @torch.inference_mode()
@@ -117,7 +101,7 @@ def errors(bits, backend, group_size, dtype, device):
     return result
 
 
-def time_model(args, bits, backend):
+def time_model(args, bits, backend, others):
     dtype, quantized = getattr(torch, args.dtype), bits < 16
     options = {"group_size": args.group_size, "embedding": args.small_head, "output_layer": args.small_head}
     options = {key: value for key, value in options.items() if value}
@@ -130,20 +114,16 @@ def time_model(args, bits, backend):
     size = model.get_memory_footprint(return_buffers=False)
     result = {"bits": bits, "backend": backend, "kernel": kernel, "model_gb": round(size / 1e9, 2)}
     result["tokens_per_second"] = {}
-    llama = Llama(args.llama, bits, args.layers) if args.llama and quantized else None
-    for task, tokens in TASKS.items():
-        timers = {"ours": partial(time_ours, model, task)}
-        if llama:
-            timers["llama.cpp"] = partial(llama.time, task)
+    for task in (*DECODE, *PREFILL):
+        tokens = PREFILL.get(task, 8)
+        timers = {"ours": timer(model, task), **{name: peer_timer(peer, task) for name, peer in others.items()}}
         times = take_turns(timers, args.rounds if tokens < 512 else min(args.rounds, 2))  # these take half a minute
-        if quantized and backend == "auto":
+        ratios = {name: ratio(times, other=name) for name in others}
+        if quantized and backend == "auto" and (task == "decode" or task in PREFILL):
             times["dequantize"] = [time_original(layers[:4], args.layers, task) for _ in range(4)][1:]
-        middle = {name: statistics.median(record) for name, record in times.items()}
-        row = {name: round(tokens / middle[name], 3) for name in times}
-        row["ratios"] = {"llama.cpp": ratio(times, other="llama.cpp")} if llama else {}
-        if "dequantize" in times:
-            row["ratios"]["dequantize"] = round(middle["dequantize"] / middle["ours"], 2)
-        row["rounds"] = len(times["ours"])
+            ratios["dequantize"] = round(statistics.median(times["dequantize"]) / statistics.median(times["ours"]), 2)
+        row = {name: round(tokens / statistics.median(record), 3) for name, record in times.items()}
+        row.update(ratios=ratios, rounds=len(times["ours"]))
         result["tokens_per_second"][task] = row
         print(f"{bits:2} bits, {backend}, {task}: {row}", flush=True)
     if quantized:
@@ -152,8 +132,6 @@ def time_model(args, bits, backend):
         result["linear_gb_per_second"] = round(max(linear for linear, _ in pairs) / 1e9, 1)
         share = statistics.median(linear / memory for linear, memory in pairs)
         result["share_of_memory_bandwidth"] = round(share, 3)
-    if llama:
-        llama.close()
     return result
 
 
@@ -161,6 +139,10 @@ def run(args):
     if args.instructions:
         c_library.instructions = lambda: [(args.instructions, c_library.FLAGS)]
     limits = machine(getattr(torch, args.dtype), args.device)
-    runs = [time_model(args, bits, b) for bits in args.bits for b in (args.backends if bits < 16 else ["auto"])]
-    args.llama = "llama.cpp" if args.llama else None
+    runs, seen = [], {}
+    for bits in args.bits:
+        with peers.started(args, bits, args.layers, max(DECODE.values()) + 512) as others:
+            seen.update(others)
+            runs += [time_model(args, bits, b, others) for b in (args.backends if bits < 16 else ["auto"])]
+    peers.versions(args, seen)
     record("quantized", args, limits, runs=runs)

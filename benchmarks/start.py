@@ -1,7 +1,8 @@
 """Seconds from the command to the prompt, the first and the second token of demos/cli_demo.py, and its peak memory.
 
-Each start is a fresh process in a terminal, with a warm file cache and random weights of the 6.2B shapes: an int4
-folder as it is, and a float16 folder quantized while it loads. `silence` is the longest wait, up to the first token, in
+Each start is a fresh process in a terminal, with a warm file cache (one start is not counted, which leaves libraries
+and compiled kernels there) and random weights of the 6.2B shapes: an int4 folder as it is, and a float16 folder
+quantized while it loads. `silence` is the longest wait, up to the first token, in
 which nothing is shown. --before takes turns with an earlier checkout (git worktree). `read` is the time in which a
 process reads the float16 files and copies every byte to memory, `touch` that in which it maps them and adds all bytes
 up; both are the best of the rounds, as is `load`, from_pretrained without imports. Linux only; 17 GB of disk.
@@ -122,6 +123,8 @@ def run(args):
     limits, threads = machine(torch.float16), torch.get_num_threads()
     checkouts = {"after": ROOT, **({"before": args.before.resolve()} if args.before else {})}
     rows = []
+    for checkout in checkouts.values():
+        start(checkout, checkpoint(args.folder, 4), 0, threads)
     for stored, bits in [(4, 0), *((0, bits) for bits in args.bits)]:
         folder = checkpoint(args.folder, stored)
         for _ in range(args.rounds):

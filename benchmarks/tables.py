@@ -1,4 +1,4 @@
-"""Write the tables of the READMEs and of docs/, and the pictures, from results/*.jsonl.
+"""Write the tables of the READMEs and of docs/ from results/*.jsonl, and the pictures by pictures.py.
 
 A table stands between two comments, `<!-- NAME: made by ... -->` and `<!-- end of NAME -->`, and shows the newest run
 of each kind. Running it again changes nothing. The pictures need matplotlib.
@@ -24,7 +24,8 @@ CHINESE = {
     "CPU, faster": "CPU，更快",
     "CPU, not quantized": "CPU，不量化",
     "int4 files, CPU": "已是 int4 的文件，CPU",
-    "x: relative to llama.cpp in the same run": "x：同一次运行中与 llama.cpp 之比",
+    "x: relative to llama.cpp and to ik_llama.cpp in the same run": "x：同一次运行中与 llama.cpp、ik_llama.cpp 之比",
+    "int8 head": "int8 输出层",
     NOT_YET: "尚未测量",
     "6.2B, on a CPU": "6.2B，CPU",
     "this package": "本项目",
@@ -47,13 +48,21 @@ def instructions(record):
     return record["machine"].get("instructions", "AVX512-VNNI")
 
 
-def newest(processor, benchmark, *settings):
-    """The last run of results/BENCHMARK.jsonl for each combination of these settings, in the order of their values."""
+def runs_of(processor, benchmark):
+    """The runs in results/BENCHMARK.jsonl on this kind of machine, oldest first."""
     path = RESULTS / f"{benchmark}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if instructions(record) == processor]
+
+
+def newest(processor, benchmark, *settings, having=None):
+    """The last run for each combination of these settings, in the order of their values.
+
+    With `having`, only the runs that have such results.
+    """
     runs = {}
-    for record in map(json.loads, lines):
-        if instructions(record) == processor:
+    for record in runs_of(processor, benchmark):
+        if having is None or having in record:
             runs[tuple(str(record["settings"].get(key)) for key in settings)] = record
     return [runs[key] for key in sorted(runs, reverse=True)]
 
@@ -236,36 +245,60 @@ KERNELS = {"cpu": "the C kernel", "stock": "torch's own operators", "triton": "T
 
 
 def quantized_runs(processor):
-    """The newest whole runs of the quantized benchmark, plain ones first; without those of emulated instructions."""
-    records = newest(processor, "quantized", "instructions", *SPECIAL, "bits", "dtype", "backends", "device")
-    records = [r for r in records if r["settings"]["layers"] == 28 and not r["settings"].get("instructions")]
-    return sorted(records, key=lambda r: ([bool(r["settings"].get(key)) for key in SPECIAL], r["settings"]["bits"]))
+    """The newest whole run of each kind, a record each, plain ones first; without those of emulated instructions."""
+    kinds = {}
+    for record in runs_of(processor, "quantized"):
+        settings = record["settings"]
+        if settings["layers"] == 28 and not settings.get("instructions"):
+            for run in record["runs"]:
+                special = tuple(settings.get(key) or 0 for key in SPECIAL)
+                kinds[special, run["bits"], run["backend"], settings["dtype"]] = {**record, "runs": [run]}
+    return [kinds[key] for key in sorted(kinds)]
 
 
 def is_plain(record):
     return not any(map(record["settings"].get, SPECIAL))
 
 
+PEERS = ("llama.cpp", "ik_llama.cpp")
+TASKS = {  # of the quantized benchmark -> the column's name
+    "decode": "decode",
+    "decode 4096": "after 4,096",
+    "decode 8192": "after 8,192",
+    "prefill 32": "prefill 32",
+    "prefill 512": "prefill 512",
+}
+
+
+def relative(ratios):
+    """ " (1.2x, 1.1x)": how many times as fast as each of PEERS that was timed; empty if none was."""
+    times = [f"{ratios[name]:g}x" for name in PEERS if name in ratios]
+    return f" ({', '.join(times)})" if times else ""
+
+
 def quantized(say, processor):
-    records = quantized_runs(processor)
-    tasks, rows = ["decode", "prefill 32", "prefill 512"], []
+    records, rows = quantized_runs(processor), []
     for record in records:
         for run in record["runs"]:
             name = with_head(weights(run, record["settings"]["dtype"]), record["settings"], say)
             if record["settings"].get("group_size"):
                 name += f", {say('in groups of')} {record['settings']['group_size']}"
             by = KERNELS.get(run["kernel"], run["kernel"])
-            cells, original = [], []
-            for task in tasks:
-                speed = run["tokens_per_second"][task]
-                times = speed["ratios"].get("llama.cpp")
-                cells.append(f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else ""))
-                original += [f"{speed['dequantize']:.2g}"] if "dequantize" in speed and is_plain(record) else []
-            rows.append([name, say(by), *cells])
-            if original:
-                rows.append([name, say(ORIGINAL), *original])
-    made = table(["weights", "computed by", *tasks], rows, records, "quantized", say)
-    return made and f"{made} ({say('tokens/s; x: relative to llama.cpp')})"
+            speeds = [run["tokens_per_second"].get(task) for task in TASKS]  # older runs lack two
+            rows.append([name, say(by), *(f"{s['ours']:.3g}{relative(s['ratios'])}" if s else "" for s in speeds)])
+            if is_plain(record) and any(s and "dequantize" in s for s in speeds):
+                cells = [f"{s['dequantize']:.2g}" if s and "dequantize" in s else "" for s in speeds]
+                rows.append([name, say(ORIGINAL), *cells])
+    made = table(["weights", "computed by", *TASKS.values()], rows, records, "quantized", say)
+    note = "tokens/s; x: relative to llama.cpp and, where two are given, to ik_llama.cpp"
+    return made and f"{made} ({say(note)}){peers(records, say)}"
+
+
+def peers(records, say):
+    """The versions and settings of the other libraries that these runs were timed beside."""
+    told = dict.fromkeys(r["settings"].get(option) for r in records for option in ("llama", "ik"))
+    told = [text for text in told if text and text != "llama.cpp"]  # older runs name no version
+    return f". {say('Beside')}: {'; '.join(told)}" if told else ""
 
 
 def errors(say, processor):
@@ -281,19 +314,31 @@ def errors(say, processor):
 
 def context(say, processor):
     """Each kind's decoding and prompts; the speed at a context relative to that at 512 tokens."""
-    records = newest(processor, "context", "bits", "small_head", "dtype", "layers")
-    rows = []
-    for record in records:
+    settings = ("bits", "small_head", "dtype", "layers")
+    decoding = newest(processor, "context", *settings, having="decode")
+    prompts = newest(processor, "context", *settings, having="prefill")
+    rows, others = [], ("torch", *PEERS)
+    for record in decoding:
         name = with_head(weights(record["settings"]), record["settings"], say)
         for row in record["decode"]:
-            cells = [row["ours_ms"], row["torch_ms"], f"{row['ratio']}x", f"{row['speed']:.0%}"]
-            rows.append([name, f"token after {row['context']:,}, ms", *cells])
+            cells = [timed(row["ms"], row["ratios"], other) for other in others]
+            rows.append([name, f"token after {row['context']:,}, ms", row["ms"]["ours"], f"{row['speed']:.0%}", *cells])
+    for record in prompts:
+        name = with_head(weights(record["settings"]), record["settings"], say)
         for row in record["prefill"]:
-            speeds = [row["ours_tokens_per_second"], row["torch_tokens_per_second"]]
-            share = f"{speeds[0] / record['prefill'][0]['ours_tokens_per_second']:.0%}"
-            rows.append([name, f"prompt of {row['length']:,}, tokens/s", *speeds, f"{row['ratio']}x", share])
-    header = ["weights", "", "this package's attention", "torch's", "faster", "speed relative to 512"]
-    return table(header, rows, records, "context", say)
+            speeds = row["tokens_per_second"]
+            share = f"{speeds['ours'] / record['prefill'][0]['tokens_per_second']['ours']:.0%}"
+            cells = [timed(speeds, row["ratios"], other) for other in others]
+            rows.append([name, f"prompt of {row['length']:,}, tokens/s", speeds["ours"], share, *cells])
+    header = ["weights", "", "this package", "speed relative to 512", "with torch's attention", *PEERS]
+    records = [*decoding, *prompts]
+    made = table(header, rows, records, "context", say)
+    return made and f"{made}{peers(records, say)}"
+
+
+def timed(figures, ratios, name):
+    """A contender's figure, and how many times as fast as it this package is; empty if it was not timed."""
+    return f"{figures[name]} ({ratios[name]}x)" if name in figures else ""
 
 
 def loading(say, processor):
@@ -326,11 +371,13 @@ def starting(say, processor):
     for row in starts(records):
         name = f"float16 folder, to int{row['quantize']}" if row["quantize"] else f"{row['folder']} folder"
         version = "" if row["version"] == "after" else ", before"
-        rows.append([name + version, *(row[key] for key in STARTED)])
+        rows.append([name + version, *(f"{row[key]:.2f}" for key in STARTED)])
     header = ["", "first sign, s", "prompt, s", "first token, s", "second, s", "longest silence, s", "peak, GB"]
     ratios = [f"{ratio:g} times ({key[5:]})" for r in records for key, ratio in r["relative_to_read"].items()]
-    ratios = f" Quantizing while loading takes {', '.join(ratios)} as long as reading the files." if ratios else ""
-    return table(header, rows, records, "start", say) + ratios
+    shown = table(header, rows, records, "start", say)
+    if ratios:
+        shown += f"\n\nQuantizing while loading takes {', '.join(ratios)} as long as copying the files to memory."
+    return shown
 
 
 STARTED = ("sign", "prompt", "first_token", "second_token", "silence", "peak_gb")
@@ -423,7 +470,7 @@ def start(say, processor):
     loaded = newest(HEADLINE, "loading")[:1]
     seconds = {row["bits"]: f"{row['seconds']} s" for record in loaded for row in record["rows"]}
     files = newest(HEADLINE, "start")[:1]
-    started = [row for row in starts(files) if (row["folder"], row["version"]) == ("int4", "after")]
+    started = {(row["folder"], row["quantize"]): row for row in starts(files) if row["version"] == "after"}
     rows, records = [], [*loaded, *files]
     for name, call, kind, bits, small_head, source in START:
         size = f"{whole_run(HEADLINE, bits, small_head)[1]['model_gb']:.2f}"
@@ -447,81 +494,83 @@ def start(say, processor):
         cells = [size, footprints[0]["prompt_gb"] if footprints else say(NOT_YET), say(NOT_YET)]
         if run:
             speed = run["tokens_per_second"]["decode"]
-            times = speed["ratios"].get("llama.cpp")
-            cells[-1] = f"{speed['ours']:.3g}" + (f" ({times:g}x)" if times else "")
+            cells[-1] = f"{speed['ours']:.3g}{relative(speed['ratios'])}"
         time = seconds[bits] if source == "results" else say(NOT_YET)
-        if source == "start" and started:
-            cells[1], time = f"{started[0]['peak_gb']:.2f}", f"{started[0]['prompt']:.0f} s"
+        if source in started:
+            time = f"{started[source]['prompt']:.0f} s"
         rows.append([say(name), f"`{call}`", *cells, time])
     header = ["you have", "call", "weights, GB", "peak, GB", "tokens/s", "load"]
-    note = say("x: relative to llama.cpp in the same run")
+    note = say("x: relative to llama.cpp and to ik_llama.cpp in the same run")
     return f"{markdown(header, rows, say)}\n\n{machines(records, say)} ({note})"
 
 
 HEADLINE = "AVX512-VNNI"  # the one of PROCESSORS whose figures the README shows
 LOAD, INT4 = "from_pretrained(...)", "from_pretrained(..., quantization_config=int4)"
-# machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from (on a GPU: the
-# kind of `python benchmarks gpu` that stands for it)
+# machine, call, whose figures, bits, int8 embedding and output layer, where the seconds to load are from: `loading`'s
+# "results", or the folder and bits of a start (on a GPU: the kind of `python benchmarks gpu` that stands for it)
 START = (
     ("GPU, 16 GB", f"{LOAD}.half().cuda()", "GPU", 16, False, "bfloat16"),
     ("GPU, 6 GB", f"{INT4}.half().cuda()", "GPU", 4, False, "int4"),
     ("CPU", f"{INT4}.half()", HEADLINE, 4, False, "results"),
-    ("CPU, faster", f"{INT4}.half().quantize(4, embedding=True, output_layer=True)", HEADLINE, 4, True, None),
+    ("CPU, faster", f"{INT4}.half().quantize(4, embedding=True, output_layer=True)", HEADLINE, 4, True, ("float16", 4)),
     ("CPU, not quantized", f"{LOAD}.bfloat16()", HEADLINE, 16, False, None),
-    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, "start"),
+    ("int4 files, CPU", f"{LOAD}.half()", HEADLINE, 4, False, ("int4", 0)),
     ("Mac", f'{LOAD}.half().to("mps")', "other", 16, False, None),
 )
 
 
-def beside(processor=HEADLINE):
-    """(rows of the README's table of speeds, the runs they are from): tokens/s beside llama.cpp and GlmForCausalLM."""
-    rows, records = [], []
-    for bits in (4, 8):
-        record, run = whole_run(processor, bits)
-        for task, name in (("decode", "decode"), ("prefill 512", "prefill of 512 tokens")):
-            speed = run["tokens_per_second"][task]
-            rows.append(
-                (f"int{bits}", name, "", speed["ours"], "llama.cpp", speed["llama.cpp"], speed["ratios"]["llama.cpp"])
-            )
-        records.append(record)
-    record = next(r for r in newest(processor, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")
-    for row in record["rows"]:
-        ours, glm = 1000 / row["ours_ms"], 1000 / row["glm_ms"]
-        name = "decode, context of"
-        rows.append(
-            (record["settings"]["dtype"], name, f"{row['context']:,}", ours, "GlmForCausalLM", glm, row["ratio"])
-        )
-    return rows, [*records, record]
+BESIDE = (  # rows of the README's table of speeds: bits, int8 embedding and output layer, task, its name, its context
+    (4, False, "decode", "decode", ""),
+    (4, True, "decode", "decode", ""),
+    (4, True, "decode 8192", "decode, context of", "8,192"),
+    (4, False, "prefill 512", "prefill of 512 tokens", ""),
+    (8, False, "decode", "decode", ""),
+)
+
+
+def decode_6b(processor=HEADLINE):
+    """The newest run of the decode benchmark at the shapes of 6B."""
+    return next(r for r in newest(processor, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")
 
 
 def speed(say, processor):
+    """tokens/s beside llama.cpp, ik_llama.cpp and GlmForCausalLM."""
     if processor != PROCESSORS[0]:  # one table
         return ""
-    rows, records = beside()
-    rows = [
-        [
-            f"{held} {' '.join(filter(None, (say(task), number)))}",
-            f"{ours:.3g}",
-            f"{name} {other:.3g}",
-            f"{times:.2f}x",
-        ]
-        for held, task, number, ours, name, other, times in rows
-    ]
+    rows, records = [], []
+    for bits, small_head, task, name, number in BESIDE:
+        record, run = whole_run(HEADLINE, bits, small_head)
+        figures = run["tokens_per_second"].get(task)
+        if figures:  # older runs lack some
+            held = f"int{bits}" + (f" ({say('int8 head')})" if small_head else "")
+            others = [other for other in PEERS if other in figures]
+            times = [f"{figures['ratios'][other]:.2f}x" for other in others]
+            others = [f"{other} {figures[other]:.3g}" for other in others]
+            task = " ".join(filter(None, (say(name), number)))
+            rows.append([f"{held} {task}", f"{figures['ours']:.3g}", ", ".join(others), ", ".join(times)])
+            records.append(record)
+    record = decode_6b()
+    row = record["rows"][-1]
+    name = f"{record['settings']['dtype']} {say('decode, context of')} {row['context']:,}"
+    other = f"GlmForCausalLM {1000 / row['glm_ms']:.3g}"
+    rows.append([name, f"{1000 / row['ours_ms']:.3g}", other, f"{row['ratio']:.2f}x"])
     header = ["6.2B, on a CPU", "this package", "beside it", "ratio"]
-    return f"{markdown(header, rows, say)}\n\n{machines(records, say)}"
+    return f"{markdown(header, rows, say)}\n\n{machines([*records, record], say)}"
 
 
 def headline():
     """The figures that the READMEs' first screens claim, with their units."""
-    rows, _ = beside()
+    plain, faster = (whole_run(HEADLINE, 4, small_head)[1]["tokens_per_second"] for small_head in (False, True))
     loaded = {row["bits"]: row["peak_gb"] for row in newest(HEADLINE, "loading")[0]["rows"]}
-    far = next(r for r in newest(HEADLINE, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")["rows"][-1]
+    far = decode_6b()["rows"][-1]
     gpu, compiled = newest_on_card("graph")["bfloat16"], answers_on_card("int4")[1]
     return [
         f"{compiled:.0f} tokens/s",
         *(f"{gpu[f'{name} 512']['eager_ms']:.1f} ms" for name in ("ours", "glm")),
-        f"{rows[0][3]:.3g} tokens/s",  # int4, decode
-        f" {rows[1][-1]:.1f} ",  # int4, prefill, times llama.cpp's speed
+        f"{plain['decode']['ours']:.3g} tokens/s",
+        f"{faster['decode']['ours']:.3g} tokens/s",
+        *(f"{speeds['decode']['ratios'][other]:g} " for speeds in (plain, faster) for other in PEERS),
+        f"{plain['prefill 512']['ratios']['llama.cpp']:.1f} ",
         f"{loaded[4]:g} GB",
         f"{far['context']:,} ",
         f"{far['ours_ms'] / 1000:.2f} s",
@@ -551,142 +600,6 @@ MAKERS = (
     start,
     speed,
 )
-PICTURES = {  # benchmark -> the rows' x and its name, {line: name}, the name of y
-    "decode": ("context", "context, tokens", {"ours_ms": "ours", "glm_ms": "GlmForCausalLM"}, "tokens a second"),
-    "prefill": ("length", "prompt, tokens", {"ours_ms": "ours", "glm_ms": "GlmForCausalLM"}, "ms to the first token"),
-    "memory": (
-        "length",
-        "prompt, tokens",
-        {"ours_mb": "ours", "chunked_mb": "ours, in chunks", "glm_mb": "GlmForCausalLM"},
-        "MB above the model, at the peak",
-    ),
-}
-
-
-NOTHING = {"Date": None, "Creator": None}  # which would change without a figure changing
-INK, OURS, OTHER = "#7d8590", "#2f81f7", "#9a8c98"  # readable on a light page and on a dark one
-LOOK = {
-    "svg.hashsalt": "chatglm2",  # the same picture has the same bytes
-    "svg.fonttype": "none",  # text stays text
-    "font.family": "sans-serif",
-    "savefig.transparent": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    **{key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
-}
-
-
-def pictures():
-    """results/decode.svg, prefill.svg, memory.svg: the newest runs of the small shape; and those of the shapes of 6B.
-
-    Each shows the first of PROCESSORS that has such runs.
-    """
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update(LOOK)
-    import matplotlib.pyplot as plt
-
-    for benchmark, (x, x_name, lines, y_name) in PICTURES.items():
-        for processor in PROCESSORS:
-            records = newest(processor, benchmark, "shape", "compiled", "dtype", "device")
-            records = [r for r in records if r["settings"]["shape"] == "small" and not r["settings"].get("compiled")]
-            if records:
-                break
-        else:
-            continue
-        figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-        for color, record in enumerate(records):
-            places = [row[x] for row in record["rows"]]
-            for key, style in zip(lines, ("-o", "--s", ":^")):
-                values = [1000 / row[key] if benchmark == "decode" else row[key] for row in record["rows"]]
-                name = f"{lines[key]}, {record['settings']['dtype']}"
-                axes.plot(places, values, style, color=f"C{color}", label=name, markersize=4)
-        axes.set(xlabel=x_name, ylabel=y_name)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [f"{place:,}" for place in places])
-        if benchmark == "decode":
-            axes.set_ylim(0, None)
-        else:
-            axes.set_yscale("log")
-        axes.legend(fontsize="small")
-        figure.savefig(RESULTS / f"{benchmark}.svg", metadata=NOTHING)
-        plt.close(figure)
-    quantized_picture(plt)
-    int4_picture(plt)
-    context_picture(plt)
-
-
-def int4_picture(plt):
-    """results/int4.svg: int4 on a CPU beside llama.cpp and the original's method, for the README's first screen."""
-    _, run = whole_run(HEADLINE, 4)
-    figure, panes = plt.subplots(1, 2, figsize=(9, 1.9), layout="constrained", sharey=True)
-    for axes, task, title in zip(panes, ("decode", "prefill 512"), ("decode", "prefill of 512 tokens")):
-        speed = run["tokens_per_second"][task]
-        bars = {
-            "dequantize, multiply": speed["dequantize"],
-            "llama.cpp, Q4_0": speed["llama.cpp"],
-            "this package, int4": speed["ours"],
-        }
-        shown = axes.barh(list(bars), list(bars.values()), color=[OTHER, OTHER, OURS], height=0.7)
-        axes.bar_label(shown, fmt="%.3g", padding=3, color=INK)
-        axes.set_title(f"{title}, tokens/s", fontsize="medium")
-        axes.set_xticks([])
-        axes.tick_params(length=0)
-        axes.spines[["bottom", "left"]].set_visible(False)
-        axes.margins(x=0.12)
-    figure.savefig(RESULTS / "int4.svg", metadata=NOTHING)
-    plt.close(figure)
-
-
-def context_picture(plt):
-    """results/context.svg: seconds a token of the 6.2B shapes at the contexts that were measured."""
-    record = next(r for r in newest(HEADLINE, "decode", "shape", "dtype") if r["settings"]["shape"] == "6b")
-    rows = record["rows"]
-    figure, axes = plt.subplots(figsize=(9, 2.3), layout="constrained")
-    for shift, (key, name, color) in enumerate(
-        (("ours_ms", "this package", OURS), ("glm_ms", "GlmForCausalLM", OTHER)), start=-1
-    ):
-        places = [-i - 0.4 * shift - 0.2 for i in range(len(rows))]
-        shown = axes.barh(places, [row[key] / 1000 for row in rows], height=0.36, color=color, label=name)
-        axes.bar_label(shown, fmt="%.2f s", padding=3, color=INK)
-    axes.set_yticks([-i for i in range(len(rows))], [f"{row['context']:,} tokens" for row in rows])
-    axes.set_title(f"time per token against the context, {record['settings']['dtype']}", fontsize="medium")
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[["bottom", "left"]].set_visible(False)
-    axes.legend(loc="center right")
-    axes.margins(x=0.12)
-    figure.savefig(RESULTS / "context.svg", metadata=NOTHING)
-    plt.close(figure)
-
-
-def quantized_picture(plt):
-    """results/quantized.svg: tokens a second of the 6.2B shapes, by what computed them."""
-    bars = {}  # (bits, weights, name) -> {task: tokens a second}
-    records = next(filter(None, map(quantized_runs, PROCESSORS)), [])
-    for record in filter(is_plain, records):
-        for run in record["runs"]:
-            kernel = KERNELS.get(run["kernel"], run["kernel"])
-            names = {"ours": kernel, "llama.cpp": "llama.cpp", "dequantize": ORIGINAL}
-            for task, speed in run["tokens_per_second"].items():
-                for key in names.keys() & speed.keys():
-                    place = run["bits"], weights(run, record["settings"]["dtype"]), names[key]
-                    bars.setdefault(place, {}).setdefault(task, speed[key])
-    if not bars:
-        return
-    keys = sorted(bars, key=lambda key: (-key[0], bars[key]["prefill 512"]))
-    labels = [f"{held}: {name}" for _, held, name in keys]
-    colors = [OTHER if name in ("llama.cpp", ORIGINAL, "F.linear") else OURS for *_, name in keys]
-    figure, panes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
-    for axes, task in zip(panes, ("decode", "prefill 512")):
-        shown = axes.barh(labels, [bars[key][task] for key in keys], color=colors)
-        axes.bar_label(shown, fmt="%.3g", padding=2, fontsize="small")
-        axes.set(xlabel=f"{task}, tokens a second")
-        axes.margins(x=0.15)
-    figure.savefig(RESULTS / "quantized.svg", metadata=NOTHING)
-    plt.close(figure)
 
 
 def arguments(parser):
@@ -711,6 +624,8 @@ def pages():
 
 
 def run(args):
+    import pictures
+
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    pictures()
+    pictures.draw()

@@ -155,7 +155,7 @@ class Chat:
 
     def do_set(self, argument):
         """/set NAME VALUE       change a setting; /set NAME restores it, /set lists all"""
-        name, _, value = argument.partition(" ")
+        name, _, value = argument.replace("=", " ", 1).partition(" ")
         if name and name not in SETTINGS:
             raise ValueError(f"{name} is not a setting: give {', '.join(SETTINGS)}.")
         if name:

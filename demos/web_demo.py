@@ -205,7 +205,6 @@ def build(sessions, args):
 
     def forget(request: gr.Request):
         sessions.drop(request.session_hash)
-        return ""
 
     with gr.Blocks(title="ChatGLM2", analytics_enabled=False, fill_height=True) as page:
         chatbot = gr.Chatbot(
@@ -261,7 +260,8 @@ def build(sessions, args):
             event.failure(ready, cleared, state, **hidden)
         box.stop(None, cancels=answers)
         chatbot.clear(None, None, cleared, js="() => true", cancels=answers)
-        chatbot.clear(forget, None, status, **hidden)
+        chatbot.clear(forget, None, None, **hidden)
+        chatbot.clear(None, None, status, js="() => ''")
         save.click(None, [chatbot, system], js=EXPORT)
         read.click(load, read_text, [chatbot, system], js=IMPORT, **hidden)
         page.unload(forget)

@@ -4,7 +4,8 @@
     python export/to_glm.py chatglm2-6b chatglm2-6b-glm
 
 TARGET then holds what any tool that supports GLM reads: config.json, safetensors, tokenizer.json, the chat template.
-int8 and int4 weights are dequantized. What GLM cannot express is refused.
+int8 and int4 weights stay what they are, in a format of compressed-tensors, which vLLM reads; `--format float`
+dequantizes them. What GLM cannot express is refused.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, normalizers
@@ -26,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm2.transformers_compat import DTYPE  # noqa: E402
 from checkpoints import load_config, load_tokenizer
-from glm import dequantized, empty_glm, glm_config, glm_tensor, tokenizer_refusals
+from compressed_weights import choose_format, glm_tensors, quantization_config
+from glm import empty_glm, glm_config, tokenizer_refusals
 
 SHARD = "2GB"  # what is held in memory at a time
 
@@ -93,10 +96,11 @@ def glm_tokenizer(tokenizer, template):
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 
-def load(source):
-    """(model, tokenizer) of the folder `source`; the weights stay memory-mapped."""
+def load(source, form):
+    """(model, tokenizer, format of its weights) of the folder `source`; the weights stay memory-mapped."""
     config = load_config(source)
     glm_config(config)  # refuses what cannot be written, before any weight is read
+    form = choose_format(config, form)
     tokenizer = load_tokenizer(source)
     if problems := tokenizer_refusals(tokenizer):
         raise ValueError("\n".join(problems))
@@ -105,34 +109,52 @@ def load(source):
     )
     if report["unexpected_keys"]:
         raise ValueError(f"{source} holds tensors that GLM does not have: {sorted(report['unexpected_keys'])[:3]}")
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, form
 
 
-def export(source, target, max_shard_size=SHARD):
-    """Write the checkpoint `source` as a GLM folder `target`, in its dtype.
-
-    Raises:
-        ValueError: GLM cannot express the model, tensors are missing, or `target` holds files already.
-    """
-    source, target = Path(source), Path(target)
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty. Give a new folder; nothing is overwritten.")
-    model, tokenizer = load(source)
-    target.mkdir(parents=True, exist_ok=True)
-
-    glm = empty_glm(model.config).to(model.dtype)
-    get = dequantized(model)
-    plan = split_torch_state_dict_into_shards(glm.state_dict(), max_shard_size=max_shard_size)
-    for file, names in plan.filename_to_tensors.items():
-        tensors = {name: glm_tensor(name, model.config, get).to(model.dtype).contiguous() for name in names}
-        save_file(tensors, target / file, metadata={"format": "pt"})
+def write_model(model, target, form="float", max_shard_size=SHARD):
+    """Write `model` as GLM to the folder `target`: config.json and weights, in a format of `choose_format`."""
+    glm, state = empty_glm(model.config), model.state_dict()
+    empty = {name: tensor.to("meta") for name, tensor in state.items()}
+    outline, source = {}, {}
+    for name in glm.state_dict():
+        parts = glm_tensors(name, model.config, empty, form)
+        outline.update(parts)
+        source.update(dict.fromkeys(parts, name))
+    plan = split_torch_state_dict_into_shards(outline, max_shard_size=max_shard_size)
+    for file, parts in plan.filename_to_tensors.items():
+        tensors = {}
+        for name in dict.fromkeys(source[part] for part in parts):
+            tensors.update(glm_tensors(name, model.config, state, form))
+        save_file({part: tensors[part].contiguous() for part in parts}, target / file, metadata={"format": "pt"})
         del tensors
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     setattr(glm.config, DTYPE, model.dtype)
+    if form != "float":
+        linear = [name for name, layer in glm.named_modules() if isinstance(layer, torch.nn.Linear)]
+        floats = [name for name in linear if f"{name}.weight_scale" not in outline]
+        glm.config.quantization_config = quantization_config(model.config, form, floats)
     glm.config.save_pretrained(target)
+
+
+def export(source, target, max_shard_size=SHARD, form=None):
+    """Write the checkpoint `source` as a GLM folder `target`, in its dtype.
+
+    form: of int8 and int4 weights, "int-quantized", "pack-quantized" or "float"; by default the first that vLLM runs
+        on a CPU and on GPUs: int-quantized for int8, pack-quantized for int4.
+
+    Raises:
+        ValueError: GLM or `form` cannot express the model, tensors are missing, or `target` holds files already.
+    """
+    source, target = Path(source), Path(target)
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty. Give a new folder; nothing is overwritten.")
+    model, tokenizer, form = load(source, form)
+    target.mkdir(parents=True, exist_ok=True)
+    write_model(model, target, form, max_shard_size)
     model.generation_config.save_pretrained(target)
     glm_tokenizer(tokenizer, tokenizer.chat_template).save_pretrained(target)
     settings = target / "tokenizer_config.json"
@@ -148,11 +170,17 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder with ChatGLM2 weights, config.json and tokenizer.model")
     parser.add_argument("target", help="a new folder")
+    parser.add_argument(
+        "--format",
+        choices=["int-quantized", "pack-quantized", "float"],
+        help="of int8 and int4 weights (default: pack-quantized for int4, and for int8 int-quantized, with which the "
+        "activations, too, are rounded to int8)",
+    )
     parser.add_argument("--max-shard-size", default=SHARD, help=f"of a safetensors file (default: {SHARD})")
     args = parser.parse_args(arguments)
     logging.disable_progress_bar()
     try:
-        export(args.source, args.target, args.max_shard_size)
+        export(args.source, args.target, args.max_shard_size, args.format)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{args.source}: {error}") from None
     print(f"{args.target}: " + ", ".join(sorted(path.name for path in Path(args.target).iterdir())))

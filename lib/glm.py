@@ -84,11 +84,16 @@ def glm_config(config):
     )
 
 
+def our_name(name):
+    """The name of the tensor that holds what GLM calls `name`."""
+    for glm, chatglm in NAMES.items():
+        name = name.replace(glm, chatglm)
+    return name
+
+
 def glm_tensor(name, config, get):
     """The tensor that GLM calls `name`. `get(name)` returns ours: a parameter, dequantized if need be."""
-    ours = name
-    for glm, chatglm in NAMES.items():
-        ours = ours.replace(glm, chatglm)
+    ours = our_name(name)
     tensor = get(ours)
     letter = name.rpartition("_proj")[0][-1:]
     if "query_key_value" not in ours:
@@ -101,16 +106,14 @@ def glm_tensor(name, config, get):
     return parts["qkv".index(letter)]
 
 
-def dequantized(model):
-    """A function of a name that returns this tensor of `model`; int8 and int4 weights are dequantized."""
-    state = model.state_dict()
+def dequantized(state, bits):
+    """A function of a name that returns this tensor of a state dict; weights of int8 and of `bits` are dequantized."""
 
     def get(name):
         scale = state.get(name + "_scale")
         if scale is None:
             return state[name]
-        bits = model.get_submodule(name.rpartition(".")[0]).bits
-        return dequantize_weight(state[name], scale, bits)
+        return dequantize_weight(state[name], scale, bits if ".layers." in name else 8)
 
     return get
 
@@ -123,5 +126,5 @@ def empty_glm(config):
 
 def glm_state_dict(model):
     """The model's tensors under GlmForCausalLM's names; float tensors share memory with the model."""
-    get = dequantized(model)
+    get = dequantized(model.state_dict(), model.config.quantization_bit)
     return {name: glm_tensor(name, model.config, get) for name in empty_glm(model.config).state_dict()}

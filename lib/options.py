@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from chatglm2 import inference_cpu
 from checkpoints import TINY, load_config, load_model, load_tokenizer, save
 from transformers.utils import logging
 
@@ -137,6 +138,8 @@ def load(args):
     model = load_model(args.model, dtype, args.quantize, args.checkpoint, head)
     if folder is not None:
         save(model, tokenizer, folder)
+    if device.type == "cpu":
+        inference_cpu.load_library()  # compiled now, if it has to be, and not during the first answer
     return model.to(device).eval(), tokenizer
 
 

@@ -92,6 +92,7 @@ def pytest_configure(config):
         "markers", "needs_transformers(release, what): skip where transformers is older than the release that brings it"
     )
     config.addinivalue_line("markers", "tools: uses a tool around the model; `make tools` installs and runs it")
+    config.addinivalue_line("markers", "vllm: runs vLLM's engine; `make vllm` installs and runs it")
 
 
 def release(text):

@@ -137,7 +137,7 @@ def test_set(make_chat, capsys):
         == "temperature 0.0\ntop_p 0.5\nmax_new_tokens what fits\nprompt_lookup off\nstats off\n\n"
     )
     assert say(chat, capsys, "/set max_new_tokens 5", "你好") == "max_new_tokens 5\n你好！我是\n\n"
-    say(chat, capsys, "/set max_new_tokens", "/set top_p 0.9", "/set temperature 0.3")
+    say(chat, capsys, "/set max_new_tokens", "/set top_p=0.9", "/set temperature = 0.3")
     assert chat.conversation.settings == {"do_sample": True, "temperature": 0.3, "top_p": 0.9}
     for wrong in ("top_p 2", "temperature -1", "temperature hot", "stats maybe", "prompt_lookup 3", "size 3"):
         assert say(chat, capsys, f"/set {wrong}").startswith(f"{wrong.split()[0]}")

@@ -118,7 +118,7 @@ def test_variants_unsupported_by_glm_are_rejected(to_glm, make_model, save, tmp_
 def test_quantized_checkpoint_is_exported_as_floats(to_glm, make_model, save, no_remote_code, tmp_path, options):
     """GLM gives the quantized model's logits, up to the one rounding of each weight."""
     model = make_model(padded_vocab_size=1664).quantize(backend="torch", **options)
-    to_glm.export(save(model), tmp_path / "glm")
+    to_glm.export(save(model), tmp_path / "glm", form="float")
     glm, _ = no_remote_code(tmp_path / "glm")
     ids = torch.randint(3, 1600, (2, 12), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(ids).logits, glm(ids).logits, atol=1e-3, rtol=1e-3)

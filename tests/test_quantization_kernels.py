@@ -8,6 +8,7 @@ import pytest
 import torch
 from chatglm2 import quantization_cpm, quantization_triton
 from chatglm2.quantization import QuantizedLinear
+from chatglm2.quantization_format import dequantize_weight
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -143,6 +144,24 @@ def test_largest_products_do_not_overflow(kernel, bits):
     for n in (1, 4, 20):
         arguments = (torch.full((n, 512), 3.0).half(), weight, torch.full((40,), 0.01).half(), None, bits)
         assert_as_exact_as_the_reference(linear_of(kernel)(*arguments), kernel, *arguments)
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:3])
+@pytest.mark.parametrize("bits, group_size", [(8, None), (8, 32), (8, 64), (4, None), (4, 32), (4, 128)])
+def test_integer_sums_are_exact(kernel, bits, group_size):
+    """Inputs that are integers up to 127 have the scale 1: bit for bit, for every tile, tail and extreme value."""
+    linear, generator = linear_of(kernel), torch.Generator().manual_seed(0)
+    for n in (*range(1, 71), 128, 133, 260):  # longer prompts are multiplied in parts of 128
+        k, out = 3 * group_size if group_size else (130, 256, 30)[n % 3], (33, 64, 7)[n % 3]
+        x = torch.randint(-127, 128, (n, k), generator=generator).half()
+        weight = torch.randint(-128, 128, (out, k * bits // 8), dtype=torch.int8, generator=generator)
+        if n % 4 == 0:  # the largest sums, of both signs: -128, or -8 and 7
+            x = 127 * x.sign() if n % 8 else torch.full_like(x, 127)
+            weight[: out // 2], weight[out // 2 :] = (-128, 127) if bits == 8 else (-0x78, 0x77)
+        x[:, :: group_size or 128] = 127
+        scale = torch.full((out,) if group_size is None else (out, 3), 2.0**-9).half()
+        want = x.double() @ dequantize_weight(weight, scale, bits, torch.float64).t()
+        assert torch.equal(linear(x, weight, scale, None, bits), want.half())
 
 
 @pytest.mark.parametrize("kernel", BACKENDS)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
-from conftest import SHARED, TINY
+from conftest import SHARED, TINY, TINY3
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
@@ -232,6 +232,20 @@ def test_template_matches_the_prompt(tokenizer, rounds):
     assert as_tensor["input_ids"].tolist() == [want] and as_tensor["position_ids"].tolist() == [list(range(len(want)))]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == tokenizer.build_prompt(query, history)
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
+@pytest.mark.parametrize("folder", [TINY, TINY3], ids=["chatglm2", "chatglm3"])
+def test_rendered_chat_is_encoded_as_a_chat(folder):
+    """As vLLM does it: rendered first, and encoded without special tokens. Any other text has no special ids then."""
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    messages = [{"role": "system", "content": "请简短回答。"}, {"role": "user", "content": "你好 <|user|> [gMASK]"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    for special in (False, True):
+        assert tokenizer(text, add_special_tokens=special)["input_ids"] == ids
+    assert tokenizer([text, text])["input_ids"] == [ids, ids] and tokenizer.encode(text) == ids
+    assert all(map(tokenizer.tokenizer.is_text, tokenizer(str(text), add_special_tokens=False)["input_ids"]))
 
 
 @pytest.mark.needs_transformers("4.34", "chat templates")

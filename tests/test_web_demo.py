@@ -1,7 +1,10 @@
-"""demos/web_demo.py in a real browser. `python tests/test_web_demo.py` writes docs/web_demo.png."""
+"""demos/web_demo.py in a real browser. `python tests/test_web_demo.py` writes the pictures of both demos in docs/."""
 
+import html
 import json
+import os
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -118,7 +121,7 @@ def test_stop_ends_generation(serve, open_chat):
     chat.ask(question)
     chat.wait_until(lambda: "".join(chat.texts("bot")), "no answer")
     other.ask(SUN[0][0])
-    other.page.get_by_text("queue: 1/1").wait_for()
+    other.page.get_by_text("queue: 1/1").first.wait_for()
     chat.stop()
     chat.wait_until_ready()
     [said] = chat.texts("bot")
@@ -144,7 +147,7 @@ def test_stop_while_waiting(serve, open_chat):
     chat.ask("hello")
     chat.wait_until(lambda: served.calls, "not asked")
     other.ask("never mind")
-    other.page.get_by_text("queue: 1/1").wait_for()
+    other.page.get_by_text("queue: 1/1").first.wait_for()
     other.stop()
     other.wait_until_ready()
     chat.stop()
@@ -194,11 +197,16 @@ def test_settings_reach_the_model(serve, open_chat):
     chat = open_chat(served.url)
     chat.wait_until_connected()  # what comes late may put the defaults back
     chat.page.locator(".label-wrap").click()
-    for name, value in (("Temperature", "0.5"), ("Top-p", "0.6"), ("Max new tokens", "7")):
+    values = {"Temperature": "0.5", "Top-p": "0.6", "Max new tokens": "7"}
+    for name, value in values.items():
         field = chat.page.locator(f"input[type=number][aria-label*='{name}']")
         field.fill(value)
         field.press("Tab")
     chat.page.get_by_label("System prompt").fill(" 请简短回答。\n")
+    sliders = chat.page.locator("input[type=range]")
+    chat.wait_until(
+        lambda: [slider.input_value() for slider in sliders.all()] == [*values.values()], "the sliders do not follow"
+    )
     chat.ask("hello")
     chat.wait_until(lambda: served.calls and chat.texts("bot"), "no answer")
     chat.wait_until_ready()
@@ -342,7 +350,7 @@ def test_zero_users_are_rejected(serve, capsys):
     assert "--concurrency 0 would never answer" in capsys.readouterr().err
 
 
-def take_picture(path):
+def take_picture_of_the_page(path):
     """A dialogue in both languages under Chinese labels, the settings open."""
     turns = DIALOGUES["what does 半途而废 mean"]
     with command() as url, chromium() as browser:
@@ -353,9 +361,30 @@ def take_picture(path):
             chat.shows(*turns[:i])
         chat.page.locator(".label-wrap").click()
         chat.page.wait_for_timeout(500)  # the settings unfold
-        path.parent.mkdir(exist_ok=True)
         chat.page.screenshot(path=path)
 
 
+def take_picture_of_the_terminal(path):
+    """What a pseudo terminal shows of two dialogues and the commands."""
+    from terminal_helpers import Terminal
+
+    shown = "$ python demos/cli_demo.py --temperature 0 --stats\n"
+    program = [sys.executable, str(ROOT / "demos" / "cli_demo.py"), "--temperature", "0", "--stats", "--device", "cpu"]
+    with Terminal(program, {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}) as terminal:
+        terminal.read_until("\n")  # importing
+        for typed in ("你好", "clear", SUN[0][0], SUN[1][0], "/help", "/quit"):
+            shown += terminal.read_until("> ") + "> "
+            terminal.type_in(typed + "\n")
+        shown += "/quit"
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1000, "height": 200})
+        style = "margin: 0; padding: 16px; background: #0d1117; color: #e6edf3; font: 14px/1.45 monospace"
+        shown = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]|[^\n]*\r(?!\n)|\r", "", shown).replace(f"{ROOT}{os.sep}", "")
+        text = html.escape(shown)
+        page.set_content(f"<body style='margin: 0'><pre style='{style}; white-space: pre-wrap'>{text}</pre>")
+        page.screenshot(path=path, full_page=True)
+
+
 if __name__ == "__main__":
-    take_picture(ROOT / "docs" / "web_demo.png")
+    take_picture_of_the_page(ROOT / "docs" / "web_demo.png")
+    take_picture_of_the_terminal(ROOT / "docs" / "cli_demo.png")

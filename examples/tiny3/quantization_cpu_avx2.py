@@ -1,0 +1,1 @@
+../../quantization_cpu_avx2.py
