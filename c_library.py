@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 ADDRESS, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float  # for `load`'s `functions`
 FLAGS = ("-O3", "-fPIC", "-fopenmp", "-mavx2", "-mf16c", "-mfma")
@@ -68,12 +68,7 @@ def load(name: str, source: Callable[[str], str], functions: Dict[str, Sequence]
 
 def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
     """Return ("avx512" or "avx2", compiler options) for each instruction set of this CPU, fastest first."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            known = set(next((line for line in file if line.startswith("flags")), "").split())
-    except OSError:
-        known = set()
-    found = []
+    known, found = cpu_flags(), []
     if known >= AVX512.keys():
         found.append(("avx512", (*FLAGS, *AVX512.values())))
     if known >= {"avx2", "avx_vnni", "f16c", "fma"}:
@@ -81,6 +76,15 @@ def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
     if known >= {"avx2", "f16c", "fma"}:
         found.append(("avx2", FLAGS))
     return found
+
+
+def cpu_flags() -> Set[str]:
+    """What /proc/cpuinfo calls this CPU's features."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return set(next((line for line in file if line.startswith("flags")), "").split())
+    except OSError:
+        return set()
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

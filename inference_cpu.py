@@ -1,4 +1,4 @@
-"""What stands between a block's matrix products, on a CPU in C: attention, RMSNorm and the rotation.
+"""What a CPU computes in C besides quantized products: attention, RMSNorm, the rotation, and float linear layers.
 
 For inference on Linux on x86-64 (`inference_cpu_source`, compiled at first use). Tensors are float32, float16 or
 bfloat16 and computed in float32; the caches are read where they are. The references, in plain torch, are what runs
@@ -8,23 +8,29 @@ elsewhere: `eager_attention`, and the functions that `in_c` decorates.
 import ctypes
 import functools
 import math
+import sys
 from typing import Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .c_library import ADDRESS, FLOAT, INT, LONG, load
-from .inference_cpu_source import TILE, source
+from .c_library import ADDRESS, FLOAT, INT, LONG, cpu_flags, load
+from .inference_cpu_source import PANEL, TILE, source
 from .quantization_cpu_source import TYPES
-from .torch_compat import needs_dispatch
+from .torch_compat import autocast_dtype, needs_dispatch
 from .torch_compat import rms_norm as torch_rms_norm
 
 FUNCTIONS = {  # of the C library, with their arguments
     "attention": [ADDRESS] * 6 + [FLOAT, ADDRESS],
     "rms_norm": [ADDRESS] * 3 + [LONG] * 2 + [FLOAT] + [INT] * 3,
     "rotate": [ADDRESS] * 4 + [LONG] * 5 + [INT] * 2,
+    "linear": [ADDRESS] * 5 + [LONG] * 3 + [INT] * 2,
 }
 MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
+
+
+MOST_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 4}  # that C was measured to multiply faster
 
 
 @functools.lru_cache(None)
@@ -92,6 +98,39 @@ def c_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_in_c(x, cos, sin):
     B, T, _, D = x.shape
     return D % 16 == 0 and cos.device == x.device and cos.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4))
+
+
+def c_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """x (..., in) times weight (out, in) transposed, plus bias (out), all of one dtype: the weight is read in place.
+
+    A row of x gives the same result alone and among others, with any number of threads.
+    """
+    x, (out, k) = x.contiguous(), weight.shape
+    y, n = x.new_empty(*x.shape[:-1], out), x.numel() // k
+    scratch = torch.empty(-(-min(n, PANEL) // 8) * 8 * (-(-k // 32) * 32), dtype=torch.float32, device="cpu")
+    addresses = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
+    load_library()[0].linear(*addresses, scratch.data_ptr(), n, k, out, TYPES[x.dtype], torch.get_num_threads())
+    return y
+
+
+@functools.lru_cache(None)
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows of x that the C code multiplies faster than torch: in float16 any number, unless the CPU computes in it."""
+    slow = dtype == torch.float16 and "avx512_fp16" not in cpu_flags()
+    return sys.maxsize if slow else MOST_ROWS[dtype]
+
+
+@functools.partial(in_c, c_linear)
+def linear_in_c(x, weight, bias):
+    for t in (weight,) if bias is None else (weight, bias):
+        plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.is_contiguous()
+        if not plain or t.dtype != x.dtype or t.device != x.device:
+            return False
+    fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    return fits and x.numel() <= most_rows(x.dtype) * x.shape[-1] and autocast_dtype("cpu") is None
+
+
+linear = linear_in_c(F.linear)
 
 
 def computes_attention(head_dim: int, x: Tensor, mask: Optional[Tensor]) -> bool:

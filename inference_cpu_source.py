@@ -12,11 +12,14 @@ largest score, its sum and its output), and a last pass combines them.
 from .quantization_cpu_source import HEAD
 
 TILE = 64  # keys that are widened at a time
+PANEL = 128  # tokens of a linear layer that are widened at a time
 
 BODY = r"""
 enum { PANELS = 4 };  // of 1 or 2 vectors of query rows, which share a tile of keys
 enum { MOST = 16 };  // rows of a product whose sums are in registers
 enum { NONE, SOME, ALL };
+enum { MANY = LANES / 2 };  // tokens that a weight is multiplied with at a time
+enum { AHEAD = 8192 };  // prefetch distance in bytes of weights
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 16") for
 static const float LOWEST = -3.4028235e38f;
@@ -345,9 +348,110 @@ void rotate(const char *x, const float *cosine, const float *sine, char *y, long
       FOR_TYPE(ROTATE);
     }
 }
+/* ---- linear layers of floats: few tokens times weights where they are, each row read once ---- */
+
+/* Numbers 0 to 2 LANES - 1 of `at` as floats: one half and the other, or the even and the odd ones of bfloat16. */
+INLINE void two(const char *at, int type, floats v[2]) {
+  if (type == BFLOAT16) {
+    words pairs;
+    memcpy(&pairs, at, sizeof pairs);
+    v[0] = (floats)(pairs << 16), v[1] = (floats)(pairs & 0xffff0000);
+  } else v[0] = widened(at, type), v[1] = widened(at + LANES * size_of(type), type);
+}
+
+/* The same for the first n numbers, and zeros behind them. */
+INLINE void two_of(const char *at, int type, long n, floats v[2]) {
+  char part[8 * LANES] = {0};
+  two(memcpy(part, at, n * size_of(type)), type, v);
+}
+
+/* The sum of the lanes. */
+INLINE float total(floats v) {
+#ifdef __AVX512F__
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                                    _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1)));
+#else
+  const __m256 half = (__m256)v;
+#endif
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+/* to[t][r] = x[t] times row r of w, for `tokens` rows of x as floats in the order of `two`, and `rows` rows of w. */
+INLINE void few_rows(const float *x, long padded, const char *w, long k, int type, int rows, int tokens, float *to) {
+  const long step = 2 * LANES, bytes = k * size_of(type), whole = k / step * step, near = whole - AHEAD / size_of(type);
+  floats sum[4][MANY], v[4][2];
+  UNROLLED (int r = 0; r < rows; r++)
+    UNROLLED (int t = 0; t < tokens; t++) sum[r][t] = (floats){0};
+  #define ADD(READ) \
+    UNROLLED (int r = 0; r < rows; r++) READ; \
+    UNROLLED (int t = 0; t < tokens; t++) \
+      UNROLLED (int i = 0; i < 2; i++) { \
+        const floats number = *(const floats *)(x + t * padded + k0 + i * LANES); \
+        UNROLLED (int r = 0; r < rows; r++) sum[r][t] += v[r][i] * number; \
+      }
+  long k0 = 0;
+  for (; k0 < whole; k0 += step) {
+    const char *at = w + k0 * size_of(type), *ahead = at + AHEAD + (k0 < near ? 0 : (rows - 1) * bytes);
+    UNROLLED (int r = 0; r < rows; r++)
+      UNROLLED (int i = 0; i < step * size_of(type); i += 64) _mm_prefetch(ahead + r * bytes + i, _MM_HINT_T1);
+    ADD(two(at + r * bytes, type, v[r]))
+  }
+  if (k0 < k) {
+    ADD(two_of(w + r * bytes + k0 * size_of(type), type, k - k0, v[r]))
+  }
+  UNROLLED (int r = 0; r < rows; r++)
+    UNROLLED (int t = 0; t < tokens; t++) to[8 * t + r] = total(sum[r][t]);
+}
+
+/* Eight rows of w, or `rows` of them at the end, for all tokens. */
+INLINE void linear_block(const float *x, long padded, const char *w, const char *bias, char *y, long n, long k,
+                         long out, long row, int type) {
+  const long bytes = k * size_of(type), rows = min(out - row, 8);
+  float to[8 * MANY];
+  for (long from = 0; from < n; from += MANY) {
+    const long left = min(n - from, MANY);
+    #define ROWS(TOKENS, EACH) for (; r + EACH <= rows; r += EACH) \
+      few_rows(x + from * padded, padded, w + (row + r) * bytes, k, type, EACH, TOKENS, to + r);
+    long r = 0;
+    if (left == 1) { ROWS(1, 4) ROWS(1, 1) }
+    else if (left == 2) { ROWS(2, 4) ROWS(2, 1) }
+    else if (left > 4) { ROWS(MANY, 2) ROWS(MANY, 1) }
+    else if (LANES == 16) { ROWS(4, 4) ROWS(4, 1) }
+    else { ROWS(4, 2) ROWS(4, 1) }
+    for (long t = 0; t < left; t++) {
+      __m256 v = _mm256_loadu_ps(to + 8 * t);
+      if (bias) v = _mm256_add_ps(v, load(bias, type, row, rows));
+      store(y, type, (from + t) * out + row, rows, v);
+    }
+  }
+}
+
+/* y[n][out] = x[n][k] w^T + bias, for w[out][k]; all of `type`. scratch: floats, k rounded up to 32 for each of
+   min(n, PANEL) tokens, rounded up to 8. */
+void linear(const char *x, const char *w, const char *bias, char *y, float *scratch, long n, long k, long out, int type,
+            int threads) {
+  const long step = 2 * LANES, padded = (k + step - 1) / step * step, bytes = size_of(type);
+  #pragma omp parallel num_threads(threads)
+  for (long first = 0; first < n; first += PANEL) {
+    const long tokens = min(n - first, PANEL);
+    #pragma omp for schedule(static)
+    for (long t = 0; t < (tokens + MANY - 1) / MANY * MANY; t++)
+      for (long i = 0; i < padded; i += step)
+        two_of(x + ((first + t) * k + i) * bytes, type, t < tokens ? min(k - i, step) : 0,
+               (floats *)(scratch + t * padded + i));
+    #pragma omp for schedule(guided)
+    for (long block = 0; block < (out + 7) / 8; block++) {
+      #define LINEAR(TYPE) \
+        linear_block(scratch, padded, w, bias, y + first * out * bytes, tokens, k, out, 8 * block, TYPE)
+      FOR_TYPE(LINEAR);
+    }
+  }
+}
 """
 
 
 def source(instructions: str) -> str:
     """Return the C file; the compiler's options alone tell AVX512 from AVX2."""
-    return f"{HEAD}enum {{ TILE = {TILE} }};\n{BODY}"
+    return f"{HEAD}enum {{ TILE = {TILE}, PANEL = {PANEL} }};\n{BODY}"

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention_chatglm import causal_mask, check_arguments, choose_attention
 from .generation_chatglm import ChatMixin, InvalidScoreLogitsProcessor  # noqa: F401 (other code imports it from here)
-from .inference_cpu import rms_norm, rotate_in_c
+from .inference_cpu import linear, rms_norm, rotate_in_c
 from .prefix_chatglm import PrefixEncoder
 from .pretrained_chatglm import ChatGLMPreTrainedModel, OriginalAttributes, checkpointed
 from .quantization import quantize
@@ -80,6 +80,13 @@ def rotate(x, cos, sin):
     return torch.cat((rotated.to(x.dtype), unchanged), dim=-1)
 
 
+class Linear(nn.Linear):
+    """nn.Linear. In eager inference on a CPU, C code that reads the weight once multiplies few tokens."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight in float32, cast at the end (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
 
@@ -120,12 +127,12 @@ class SelfAttention(nn.Module):
         self.interleaved = not config.multi_query_attention
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.query_key_value = nn.Linear(
+        self.query_key_value = Linear(
             config.hidden_size,
             (self.num_heads + 2 * self.num_groups) * self.head_dim,
             bias=config.add_qkv_bias or config.add_bias_linear,
         )
-        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
+        self.dense = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, x, rotary, attention_mask, attend, cache=None, cache_kwargs=None, prefix=None, **kwargs):
         B, T, _ = x.shape
@@ -156,8 +163,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
-        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
+        self.dense_h_to_4h = Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
+        self.dense_4h_to_h = Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, x):
         gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)  # (B, T, ffn_hidden_size) each
@@ -250,7 +257,7 @@ class ChatGLMModel(OriginalAttributes, ChatGLMPreTrainedModel):
         with self.building(empty_init, device):
             self.embedding = Embedding(config)
             self.encoder = GLMTransformer(config)
-            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+            self.output_layer = Linear(config.hidden_size, config.padded_vocab_size, bias=False)
             if config.quantization_bit:  # empty int8 or int4 layers, filled from the checkpoint
                 quantize(self, config.quantization_bit, empty_init=True, **config.quantization_options)
             if config.pre_seq_len:

@@ -23,13 +23,14 @@ WIDEST = max(max(tokens) for tokens in TILES.values())
 def tile_source(bits: int, tokens: int) -> str:
     """A group of inputs times 32 rows for `tokens` tokens, in assembly: GCC spills registers with intrinsics.
 
-    zmm(2t), zmm(2t + 1): the sums of token t with rows 0-15 and 16-31. x: [input / 4][token][4] int8.
+    zmm(2t), zmm(2t + 1): the sums of token t with rows 0-15 and 16-31. x: [input / 4][token][4] int8. With one or two
+    tokens the high nibbles have sums of their own, from zmm16 on: a sum waits for the one before it.
     """
     begin = [
         f"vpbroadcastd {4 * t}(%[start]), %%zmm{2 * t}; vmovdqa64 %%zmm{2 * t}, %%zmm{2 * t + 1}" for t in range(tokens)
     ]
     step = [f"prefetcht0 {AHEAD + 64 * half}(%[w]); vmovdqu64 {64 * half}(%[w]), %%zmm{24 + half}" for half in (0, 1)]
-    quads = 1 if bits == 8 else 2
+    quads, apart = 1 if bits == 8 else 2, 16 if bits == 4 and tokens <= 2 else 0
     for quad in range(quads):
         weights = 24
         if bits == 4:
@@ -39,8 +40,12 @@ def tile_source(bits: int, tokens: int) -> str:
             step += [f"vpandd %%zmm31, %%zmm{24 + half}, %%zmm{26 + half}" for half in (0, 1)]
         for t in range(tokens):
             step.append(f"vpbroadcastd {4 * (quad * tokens + t)}(%[x]), %%zmm{28 + t % 2}")
-            step += [f"vpdpbusd %%zmm{28 + t % 2}, %%zmm{weights + half}, %%zmm{2 * t + half}" for half in (0, 1)]
-    end = ["vmovups (%[ws]), %%zmm26", "vmovups 64(%[ws]), %%zmm27"]
+            sums = 2 * t + apart * quad
+            step += [f"vpdpbusd %%zmm{28 + t % 2}, %%zmm{weights + half}, %%zmm{sums + half}" for half in (0, 1)]
+    if apart:
+        begin += [f"vpxord %%zmm{apart + i}, %%zmm{apart + i}, %%zmm{apart + i}" for i in range(2 * tokens)]
+    end = [f"vpaddd %%zmm{apart + i}, %%zmm{i}, %%zmm{i}" for i in range(2 * tokens if apart else 0)]
+    end += ["vmovups (%[ws]), %%zmm26", "vmovups 64(%[ws]), %%zmm27"]
     for t in range(tokens):  # sums += dot * x_scale * weight_scale
         end.append(f"vbroadcastss {4 * t}(%[xs]), %%zmm30")
         for half in (0, 1):
@@ -250,40 +255,49 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
   }
 }
 
-/* Input number `input` of LANES rows, as floats. */
+/* Input number `input` of LANES rows, as floats. Bits within the mantissa stay where they are, under the exponent for
+   which the lowest of them counts 1: fewer instructions than to shift and convert them. */
 static inline floats weight(words v, int bits, int input) {
-  const int shift = bits == 4 ? 8 * (input & 3) + 4 * (input >> 2) : 8 * input;
+  const int shift = bits == 4 ? 8 * (input & 3) + 4 * (input >> 2) : 8 * input, zero = bits == 4 ? 8 : 128;
 #ifdef __AVX512VNNI__
   const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  if (bits == 4) return (floats)_mm512_permutexvar_ps((__m512i)(v >> shift), table);
+  if (bits == 4 && (shift == 0 || shift > 16)) return (floats)_mm512_permutexvar_ps((__m512i)(v >> shift), table);
 #endif
-  return __builtin_convertvector((ints)(v >> shift & (bits == 4 ? 15 : 255)) - (bits == 4 ? 8 : 128), floats);
+  if (shift + bits > 23) return __builtin_convertvector((ints)(v >> shift & (2 * zero - 1)) - zero, floats);
+  const uint32_t mask = (2 * zero - 1) << shift, exponent = (127 + 23 - shift) << 23;
+  return (floats)(v & mask | exponent) - (float)((1 << (23 - shift)) + zero);
 }
 
-/* 32 rows for n tokens; n is a constant in each inlined copy. */
+/* 32 rows for n tokens; n is a constant in each inlined copy. One or two tokens have more sums than rows and tokens,
+   so that few additions wait for each other. */
 static inline __attribute__((always_inline)) void exact(const float *x, const uint8_t *w, const float *ws, long padded,
                                                         long groups, long per_group, int bits, int n, float *sums) {
-  const long inputs = bits == 4 ? 8 : 4;
+  const int inputs = bits == 4 ? 8 : 4, parts = n == 1 ? 4 : n == 2 ? 2 : 1;
   for (int row = 0; row < 32; row += 2 * LANES) {  // two registers per token
     const uint8_t *at = w + 4 * row;
     floats total[WIDEST_EXACT][2] = {0};
     for (long g = 0; g < groups; g++) {
-      floats sum[WIDEST_EXACT][2] = {0};
+      floats sum[WIDEST_EXACT][4][2] = {0};
       long to = groups == 1 ? padded : (g + 1) * per_group;
       for (long k = g * per_group; k < to; k += inputs, at += 128) {
         const words first = *(const words *)at, second = *(const words *)(at + 4 * LANES);
+        for (int i = 0; i < 8 * LANES; i += 64) _mm_prefetch((const char *)at + i + AHEAD, _MM_HINT_T0);
         #pragma GCC unroll 8
         for (int i = 0; i < inputs; i++) {
           const floats f = weight(first, bits, i), s = weight(second, bits, i);
           #pragma GCC unroll 8
           for (int t = 0; t < n; t++) {
-            sum[t][0] += f * x[t * padded + k + i];
-            sum[t][1] += s * x[t * padded + k + i];
+            sum[t][i % parts][0] += f * x[t * padded + k + i];
+            sum[t][i % parts][1] += s * x[t * padded + k + i];
           }
         }
       }
+      #pragma GCC unroll 8
       for (int t = 0; t < n; t++)
-        for (int p = 0; p < 2; p++) total[t][p] += sum[t][p] * *(const floats *)(ws + 32 * g + row + LANES * p);
+        for (int p = 0; p < 2; p++) {
+          for (int i = 1; i < parts; i++) sum[t][0][p] += sum[t][i][p];
+          total[t][p] += sum[t][0][p] * *(const floats *)(ws + 32 * g + row + LANES * p);
+        }
     }
     for (int t = 0; t < n; t++)
       for (int p = 0; p < 2; p++) *(floats *)(sums + 32 * t + row + LANES * p) = total[t][p];
@@ -426,7 +440,7 @@ def source(instructions: str) -> str:
     if instructions == "avx2":
         tiles += avx2_source()
     else:
-        tiles += "enum { OFFSET_4 = 8, OFFSET_8 = 128 };\n"
+        tiles += f"enum {{ OFFSET_4 = 8, OFFSET_8 = 128, AHEAD = {AHEAD} }};\n"
         tiles += "".join(tile_source(bits, tokens) for bits in (4, 8) for tokens in TILES["avx512"])
     for bits in (4, 8):
         entries = ", ".join(f"[{tokens}] = tile_{bits}_{tokens}" for tokens in TILES[instructions])

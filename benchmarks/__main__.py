@@ -5,6 +5,8 @@
     python benchmarks throughput    tokens/s of left-padded batches
     python benchmarks memory        peak memory of a prompt and of a training step
     python benchmarks overhead      the part of a 6.2B decode step outside matrix products and attention
+    python benchmarks linear        linear layers with few tokens, as shares of the memory bandwidth
+    python benchmarks verify        steps of 2, 4 and 8 tokens beside steps of one: what a draft costs
     python benchmarks quantized     int4, int8 and half precision at the 6.2B shapes, beside llama.cpp and ik_llama.cpp
     python benchmarks against_vllm  int4 at the 6.2B shapes beside vLLM, one sequence and eight at once
     python benchmarks context       int4 as the context grows, beside torch's attention, llama.cpp and ik_llama.cpp

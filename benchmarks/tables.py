@@ -205,6 +205,31 @@ def overhead(say, processor):
     return table(header, rows, records, "overhead", say)
 
 
+def linear(say, processor):
+    records, rows = newest(processor, "linear", "rows", "columns", "threads"), []
+    for record in records:
+        shares = {}
+        for row in record["rows"]:
+            for who in ("ours", "torch"):
+                if f"{who}_bandwidth" in row:
+                    key = row["weights"], row["inputs"], "the C kernel" if who == "ours" else "torch"
+                    shares.setdefault(key, []).append(f"{row[f'{who}_bandwidth']:.0%}")
+        rows += [[*key, *cells] for key, cells in shares.items()]
+    tokens = [f"{n} tokens" if n > 1 else "1 token" for n in (records[0]["settings"]["tokens"] if records else ())]
+    return table(["weights", "inputs", "", *tokens], rows, records, "linear", say)
+
+
+def verify(say, processor):
+    records, rows = newest(processor, "verify", "bits", "layers", "dtype"), []
+    for record in records:
+        for head in (False, True):
+            costs = [row for row in record["rows"] if row["int8_head"] == head]
+            name = with_head(f"int{record['settings']['bits']}", {"small_head": head}, say)
+            rows.append([name, f"{costs[0]['ms']} ms", *(f"{row['cost']}x" for row in costs[1:])])
+    tokens = [f"{n} tokens" for n in (records[0]["settings"]["tokens"][1:] if records else ())]
+    return table(["weights", "1 token", *tokens], rows, records, "verify", say)
+
+
 def weights(run, dtype=None):
     """int4, int8, or the dtype."""
     return f"int{run['bits']}" if run["bits"] < 16 else dtype or run["dtype"]
@@ -578,6 +603,8 @@ MAKERS = (
     memory,
     training,
     overhead,
+    linear,
+    verify,
     quantized,
     errors,
     context,

@@ -288,7 +288,7 @@ def test_a_merged_adapter_is_a_plain_model(dialogue, tmp_path, tokenizer):
     checkpoints.include_code(model, tokenizer)
     model.save_pretrained(tmp_path / "merged")
     merged = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True)
-    assert type(merged.transformer.encoder.layers[0].mlp.dense_h_to_4h) is torch.nn.Linear
+    assert isinstance(merged.transformer.encoder.layers[0].mlp.dense_h_to_4h, torch.nn.Linear)
     assert answer(merged, tokenizer) == ANSWER
 
 

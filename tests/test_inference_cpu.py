@@ -1,4 +1,4 @@
-"""inference_cpu: the C code against `eager_attention`, within that one's own error, and when sdpa is the C code.
+"""inference_cpu: the C code against plain torch, within that one's own error, and when the model uses it.
 
 With address and undefined-behavior sanitizers over the C code: see CONTRIBUTING.md.
 """
@@ -9,6 +9,7 @@ import mmap
 
 import pytest
 import torch
+import torch.nn.functional as F
 from chatglm2 import attention_chatglm, inference_cpu
 from chatglm2.attention_chatglm import choose_attention, eager_attention
 from chatglm2.modeling_chatglm import rotate
@@ -176,6 +177,121 @@ def test_rows_do_not_depend_on_threads_or_on_other_tokens(instructions):
     assert torch.equal(alone, results[0][:, 4:5])
 
 
+# Linear layers of floats
+
+
+def linear_inputs(n, k, out, dtype, seed=0):
+    """x, weight, bias, each in front of a guard page; many begin at an odd multiple of their size."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (n, k), (out, k), (out,)
+    return [before_a_guard_page(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def assert_linear_as_exact_as_torch(x, weight, bias):
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    y, own = inference_cpu.c_linear(x, weight, bias), relative_error(F.linear(x, weight, bias), exact)
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    assert relative_error(y, exact) <= 1.5 * own + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 9, 16])
+def test_linear_in_the_shapes_of_6b(instructions, dtype, n):
+    assert_linear_as_exact_as_torch(*linear_inputs(n, 4096, 50, dtype)[:2], None)
+    assert_linear_as_exact_as_torch(*linear_inputs(n, 13696, 12, dtype))
+
+
+@given(
+    n=st.one_of(st.integers(1, 20), st.integers(120, 140)),
+    k=st.integers(1, 300),
+    out=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def check_any_linear(n, k, out, dtype, seed):
+    x, weight, bias = linear_inputs(n, k, out, dtype, seed)
+    assert_linear_as_exact_as_torch(x, weight, bias)
+    together = inference_cpu.c_linear(x, weight, bias)
+    for i in {0, n // 2, n - 1}:
+        assert torch.equal(inference_cpu.c_linear(x[i : i + 1], weight, bias)[0], together[i])
+
+
+def test_linear_in_any_shape(instructions):
+    """Nothing is read beyond the inputs, and a row does not depend on the others."""
+    check_any_linear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_does_not_depend_on_threads(instructions, dtype):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(inference_cpu.c_linear(*linear_inputs(5, 500, 333, dtype)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_linear_passes_nan_and_inf_on(instructions, dtype, bad):
+    x, weight, bias = linear_inputs(3, 70, 20, dtype)
+    x[1, 69] = bad
+    y = inference_cpu.c_linear(x, weight, bias)
+    assert y[[0, 2]].isfinite().all() and not y[1].isfinite().any()
+
+
+@pytest.fixture
+def linear_calls(monkeypatch):
+    """Rows of every call of the C product."""
+    calls, library = [], inference_cpu.load_library()[0]
+
+    class Counting:
+        def linear(self, *args):
+            calls.append(args[5])
+            library.linear(*args)
+
+        def __getattr__(self, name):
+            return getattr(library, name)
+
+    monkeypatch.setattr(inference_cpu, "load_library", lambda: (Counting(), ""))
+    return calls
+
+
+def test_linear_leaves_the_rest_to_torch(linear_calls, monkeypatch):
+    """Weights of another dtype, class, layout or order, autocast, and more rows than C is faster for."""
+    x, weight, bias = torch.randn(3, 16), torch.randn(8, 16), torch.randn(8)
+    linear = inference_cpu.linear
+    monkeypatch.setattr(inference_cpu, "most_rows", lambda dtype: 3)
+    turned, subclass = weight.t().contiguous().t(), weight.as_subclass(type("Other", (torch.Tensor,), {}))
+    for other in (turned, subclass, weight.to_sparse()):
+        torch.testing.assert_close(torch.Tensor(linear(x, other, None)), F.linear(x, weight))
+    linear(x, weight, bias[:1])  # torch broadcasts it
+    linear(torch.cat((x, x)), weight, bias)
+    linear(x.double(), weight.double(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    with torch.enable_grad():
+        linear(x, weight, bias)
+    for wrong in (weight.half(), weight[:, 1:]):
+        with pytest.raises(RuntimeError):
+            linear(x, wrong, None)
+    assert linear_calls == []
+    torch.testing.assert_close(linear(x[None], weight, bias), F.linear(x[None], weight, bias))
+    assert linear_calls == [3]
+
+
+def test_rows_that_c_multiplies_faster(monkeypatch):
+    """Any number in float16, unless the CPU computes in it, as torch does then."""
+    most_rows = inference_cpu.most_rows.__wrapped__
+    monkeypatch.setattr(inference_cpu, "cpu_flags", lambda: {"avx2"})
+    assert most_rows(torch.float16) > 10**6 and most_rows(torch.bfloat16) == 4
+    monkeypatch.setattr(inference_cpu, "cpu_flags", lambda: {"avx2", "avx512_fp16"})
+    assert most_rows(torch.float16) == 64
+
+
 # In the model
 
 
@@ -214,6 +330,17 @@ def test_static_cache(make_model, monkeypatch):
     for part in (slice(0, 7), slice(7, 8), slice(8, 12)):  # a prompt, a token, a few
         torch.testing.assert_close(logits(model, ids[:, part], cache=cache), want[:, part], **CLOSE)
     assert len(calls) == 9
+
+
+def test_linear_layers_of_the_model(make_model, linear_calls):
+    """All of them, for a prompt, a token and a draft: the logits of torch's product."""
+    model, ids = make_model(), some_ids(rows=1)
+    got = logits(model, ids)
+    rows = [layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert linear_calls == [ids.numel()] * len(rows)
+    with torch.enable_grad():
+        want = model(ids).logits
+    torch.testing.assert_close(got, want.detach(), **CLOSE)
 
 
 def test_greedy_answers(tiny_model, tokenizer, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from chatglm2 import quantization
+from chatglm2.modeling_chatglm import Linear
 from chatglm2.quantization import QuantizedLinear
 from chatglm2.quantization_format import quantize_weight
 from chatglm2.quantization_loading import ChatGLMQuantizationConfig, ChatGLMQuantizer
@@ -27,7 +28,7 @@ def test_quantize_swaps_the_four_layers_of_every_block(make_model, bits, dtype):
         assert type(layer) is QuantizedLinear and layer.bits == bits
         packed, scale = quantize_weight(weights[name], bits)
         assert torch.equal(layer.state_dict()["weight"], packed) and torch.equal(layer.weight_scale, scale)
-    assert type(model.transformer.output_layer) is nn.Linear
+    assert type(model.transformer.output_layer) is Linear
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
