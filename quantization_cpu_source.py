@@ -10,6 +10,8 @@ Only the tile, a group of inputs times 32 rows, differs: hand-written 512-bit as
 prompts of their own (`quantization_cpu_avx2`).
 """
 
+from typing import List
+
 import torch
 
 from .quantization_cpu_avx2 import AHEAD, TOKENS
@@ -20,18 +22,26 @@ TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": TOKENS}  # tokens per tile, as many
 WIDEST = max(max(tokens) for tokens in TILES.values())
 
 
-def tile_source(bits: int, tokens: int) -> str:
-    """A group of inputs times 32 rows for `tokens` tokens, in assembly: GCC spills registers with intrinsics.
+def one_token(bits: int) -> List[str]:
+    """Four steps for one token, which memory is to bound: few instructions, and none to prefetch."""
+    steps = []
+    for i in range(4):
+        for half in (0, 1):
+            w, low, high = f"{128 * i + 64 * half}(%[w])", f"%%zmm{24 + half}", f"%%zmm{26 + half}"
+            x = [f"{32 // bits * i + 4 * quad}(%[x])%{{1to16%}}" for quad in (0, 1)]
+            if bits == 8:
+                steps.append(f"vmovdqu64 {w}, {low}; vpdpbusd {x[0]}, {low}, %%zmm{16 * (i % 2) + half}")
+            else:
+                steps.append(f"vpandd {w}, %%zmm31, {low}; vpdpbusd {x[0]}, {low}, %%zmm{half}")
+                steps.append(f"vpsrld $4, {w}, {high}; vpandd %%zmm31, {high}, {high}")
+                steps.append(f"vpdpbusd {x[1]}, {high}, %%zmm{16 + half}")
+    return steps
 
-    zmm(2t), zmm(2t + 1): the sums of token t with rows 0-15 and 16-31. x: [input / 4][token][4] int8. With one or two
-    tokens the high nibbles have sums of their own, from zmm16 on: a sum waits for the one before it.
-    """
-    begin = [
-        f"vpbroadcastd {4 * t}(%[start]), %%zmm{2 * t}; vmovdqa64 %%zmm{2 * t}, %%zmm{2 * t + 1}" for t in range(tokens)
-    ]
+
+def many_tokens(bits: int, tokens: int, apart: int) -> List[str]:
+    """A step: each half of the weights is read once, then multiplied with each token."""
     step = [f"prefetcht0 {AHEAD + 64 * half}(%[w]); vmovdqu64 {64 * half}(%[w]), %%zmm{24 + half}" for half in (0, 1)]
-    quads, apart = 1 if bits == 8 else 2, 16 if bits == 4 and tokens <= 2 else 0
-    for quad in range(quads):
+    for quad in range(8 // bits):
         weights = 24
         if bits == 4:
             weights = 26
@@ -42,6 +52,20 @@ def tile_source(bits: int, tokens: int) -> str:
             step.append(f"vpbroadcastd {4 * (quad * tokens + t)}(%[x]), %%zmm{28 + t % 2}")
             sums = 2 * t + apart * quad
             step += [f"vpdpbusd %%zmm{28 + t % 2}, %%zmm{weights + half}, %%zmm{sums + half}" for half in (0, 1)]
+    return step
+
+
+def tile_source(bits: int, tokens: int) -> str:
+    """A group of inputs times 32 rows for `tokens` tokens, in assembly: GCC spills registers with intrinsics.
+
+    zmm(2t), zmm(2t + 1): the sums of token t with rows 0-15 and 16-31. x: [input / 4][token][4] int8. With few tokens
+    half of the products have sums of their own, from zmm16 on: a sum waits for the one before it.
+    """
+    begin = [
+        f"vpbroadcastd {4 * t}(%[start]), %%zmm{2 * t}; vmovdqa64 %%zmm{2 * t}, %%zmm{2 * t + 1}" for t in range(tokens)
+    ]
+    steps, apart = 4 if tokens == 1 else 1, 16 if tokens == 1 or tokens == 2 and bits == 4 else 0
+    step = one_token(bits) if tokens == 1 else many_tokens(bits, tokens, apart)
     if apart:
         begin += [f"vpxord %%zmm{apart + i}, %%zmm{apart + i}, %%zmm{apart + i}" for i in range(2 * tokens)]
     end = [f"vpaddd %%zmm{apart + i}, %%zmm{i}, %%zmm{i}" for i in range(2 * tokens if apart else 0)]
@@ -53,7 +77,7 @@ def tile_source(bits: int, tokens: int) -> str:
             end.append(f"vcvtdq2ps %%zmm{2 * t + half}, %%zmm{2 * t + half}")
             end.append(f"vfmadd213ps {128 * t + 64 * half}(%[sums]), %%zmm{28 + half}, %%zmm{2 * t + half}")
             end.append(f"vmovups %%zmm{2 * t + half}, {128 * t + 64 * half}(%[sums])")
-    advance = [f"add $128, %[w]; add ${4 * quads * tokens}, %[x]; dec %[steps]; jnz 1b"]
+    advance = [f"add ${128 * steps}, %[w]; add ${32 // bits * tokens * steps}, %[x]; sub ${steps}, %[steps]; jnz 1b"]
     asm = "\n".join(
         f'    "{line}\\n"' for line in ["vpbroadcastd %[mask], %%zmm31", *begin, "1:", *step, *advance, *end]
     )
