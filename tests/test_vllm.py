@@ -4,6 +4,7 @@
 ids, of prompts and of greedy answers.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -70,8 +71,11 @@ def conversations(folder):
     if folder == TINY3:
         return [[{"role": "user", "content": query}] for query in ("你好", "早上好", "谢谢")]
     first = [[{"role": "user", "content": query}] for query in ANSWERS]
-    past = [*first[2], {"role": "assistant", "content": ANSWERS["谢谢"]}]
-    return [*first, past + first[3]]
+    lines = (TINY / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()
+    turns = next(turns for turns in (json.loads(line)["turns"] for line in lines) if len(turns) > 1)
+    texts = [text for turn in turns for text in turn][:-1]
+    later = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [*first, later]
 
 
 @torch.no_grad()
