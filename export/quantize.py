@@ -88,8 +88,8 @@ def main(arguments=None):
                choose_device(args.device))  # fmt: skip
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    size = sum(path.stat().st_size for path in Path(args.target).iterdir())
-    print(f"{args.target}: int{args.bits}, {size / 1e6:,.1f} MB")
+    size = sum(path.stat().st_size for path in Path(args.target).glob("*.safetensors"))
+    print(f"{args.target}: int{args.bits}, {size / 1e6:,.1f} MB of weights")
 
 
 if __name__ == "__main__":
