@@ -3,8 +3,8 @@
 Weight layout: int8 [out / 32, in / step, 128], padded to whole blocks of 32 rows and 128 inputs. A step is 4 inputs
 (int8) or 8 (int4) of 32 rows: byte 4 * row + input holds q + 128, or q + 8 with the next four inputs in the high
 nibble. The values are unsigned because the dot product instruction requires it; sums start at -128 or -8 times the sum
-of the group's inputs to cancel the offset (AVX2 without VNNI restores signed int8). The layout is the same for one token
-and many, and for both instruction sets.
+of the group's inputs to cancel the offset (AVX2 without VNNI restores signed int8). The layout is the same for one
+token and many, and for both instruction sets.
 
 Only the tile, a group of inputs times 32 rows, differs: hand-written 512-bit assembly, or 256-bit intrinsics and int8
 prompts of their own (`quantization_cpu_avx2`).
