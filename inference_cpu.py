@@ -28,8 +28,6 @@ FUNCTIONS = {  # of the C library, with their arguments
     "linear": [ADDRESS] * 5 + [LONG] * 3 + [INT] * 2,
 }
 MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
-
-
 MOST_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 4}  # that C was measured to multiply faster
 
 
@@ -63,6 +61,11 @@ def in_c(kernel, fits):
     return decorate
 
 
+def is_plain(weight: Tensor, device: torch.device) -> bool:
+    """Whether a weight is no subclass of a tensor, such as a sharded one, and on this device."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.device == device
+
+
 def c_rms_norm(x: Tensor, shape, weight: Tensor, eps: float) -> Tensor:
     """x (..., C) / sqrt(mean(x^2) + eps) * weight (C), over the last dimension."""
     x, weight = x.contiguous(), weight.contiguous()
@@ -74,8 +77,7 @@ def c_rms_norm(x: Tensor, shape, weight: Tensor, eps: float) -> Tensor:
 
 @functools.partial(in_c, c_rms_norm)
 def rms_norm_in_c(x, shape, weight, eps):
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.device == x.device and weight.dtype in TYPES
-    return plain and weight.shape == x.shape[-1:]
+    return is_plain(weight, x.device) and weight.dtype in TYPES and weight.shape == x.shape[-1:]
 
 
 rms_norm = rms_norm_in_c(torch_rms_norm)
@@ -123,8 +125,7 @@ def most_rows(dtype: torch.dtype) -> int:
 @functools.partial(in_c, c_linear)
 def linear_in_c(x, weight, bias):
     for t in (weight,) if bias is None else (weight, bias):
-        plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.is_contiguous()
-        if not plain or t.dtype != x.dtype or t.device != x.device:
+        if not is_plain(t, x.device) or t.layout != torch.strided or not t.is_contiguous() or t.dtype != x.dtype:
             return False
     fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
     return fits and x.numel() <= most_rows(x.dtype) * x.shape[-1] and autocast_dtype("cpu") is None

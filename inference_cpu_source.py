@@ -19,8 +19,6 @@ enum { PANELS = 4 };  // of 1 or 2 vectors of query rows, which share a tile of 
 enum { MOST = 16 };  // rows of a product whose sums are in registers
 enum { NONE, SOME, ALL };
 enum { MANY = LANES / 2 };  // tokens that a weight is multiplied with at a time
-enum { AHEAD = 8192 };  // prefetch distance in bytes of weights
-#define INLINE static inline __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 16") for
 static const float LOWEST = -3.4028235e38f;
 
@@ -348,6 +346,7 @@ void rotate(const char *x, const float *cosine, const float *sine, char *y, long
       FOR_TYPE(ROTATE);
     }
 }
+
 /* ---- linear layers of floats: few tokens times weights where they are, each row read once ---- */
 
 /* Numbers 0 to 2 LANES - 1 of `at` as floats: one half and the other, or the even and the odd ones of bfloat16. */

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantization_format import LIMIT, check_finite, dequantize_weight, pack, search_scale
+from .quantization_format import RANGE, dequantize_weight, in_format, search_scale
 from .transformers_compat import progress_bar
 
 LENGTH = 2048  # tokens of a sample; longer ones are divided
@@ -104,7 +104,7 @@ def round_calibrated(
 
     Returns (int8 weight in the released packing, scale in the weight's dtype). `tick` is called between steps.
     """
-    low, high = -8 if bits == 4 else -LIMIT[bits], LIMIT[bits]
+    low, high = RANGE[bits]
     scale = search_scale(weight, bits, group_size, moments.diagonal())  # [out, groups]
     order, hessian = _ordered(moments)
     w = weight.float().t()[order].contiguous()  # [in, out], as the columns are visited; so are the others
@@ -119,9 +119,7 @@ def round_calibrated(
         _descend(q, scales, target, product, hessian, low, high, tick)
     back = torch.empty_like(q)
     back[order] = q
-    q = back.t().to(torch.int8).contiguous()
-    check_finite(scale)
-    return (q if bits == 8 else pack(q)), scale if group_size else scale[:, 0].contiguous()
+    return in_format(back.t().to(torch.int8).contiguous(), scale, bits, group_size)
 
 
 def _ordered(moments: Tensor) -> Tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ Winograd's inner product (1968) in 16 bits, with one such instruction and three 
 """
 
 TOKENS = (1, 2, 4)  # per tile, as many as the registers hold
-AHEAD = 8192  # prefetch distance in bytes of weights: a sixth faster than hardware prefetching alone
 MOST = 128  # tokens of an int8 prompt that are multiplied at a time: what they need stays in the cache
 
 
@@ -49,7 +48,6 @@ INLINE void strip_{tokens}(const __m256i *w, const int16_t *x, const int32_t *st
 
 
 AVX2 = r"""
-#define INLINE static inline __attribute__((always_inline))
 #ifdef __AVXVNNI__
 enum { OFFSET_4 = 8, OFFSET_8 = 128 };
 #else
@@ -224,13 +222,7 @@ static void prompt(const void *x, void *y, const uint8_t *w, const void *scale, 
           }
         }
       }
-      for (long t = 0; t < tokens; t++)
-        for (long r = 0; r < 32; r += 8) {
-          const long row = block * 32 + r;
-          __m256 v = _mm256_loadu_ps(sums + 32 * t + r);
-          if (bias) v = _mm256_add_ps(v, load(bias, stype, row, out - row));
-          store(y, xtype, (first + t) * out + row, out - row, v);
-        }
+      write_block(sums, bias, stype, y, xtype, first, tokens, out, block);
     }
   }
 }
@@ -240,4 +232,4 @@ static void prompt(const void *x, void *y, const uint8_t *w, const void *scale, 
 def source() -> str:
     """The tiles as `tile_{bits}_{tokens}`, and for CPUs without AVX-VNNI `prompt`."""
     strips = "".join(map(strip_source, TOKENS))
-    return f"enum {{ AHEAD = {AHEAD}, MOST = {MOST} }};\n{AVX2}#ifndef __AVXVNNI__\n{strips}{PROMPT}#endif\n"
+    return f"enum {{ MOST = {MOST} }};\n{AVX2}#ifndef __AVXVNNI__\n{strips}{PROMPT}#endif\n"

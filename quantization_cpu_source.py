@@ -14,12 +14,13 @@ from typing import List
 
 import torch
 
-from .quantization_cpu_avx2 import AHEAD, TOKENS
+from .quantization_cpu_avx2 import TOKENS
 from .quantization_cpu_avx2 import source as avx2_source
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # dtypes as the C code numbers them
 TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": TOKENS}  # tokens per tile, as many as the registers hold
 WIDEST = max(max(tokens) for tokens in TILES.values())
+AHEAD = 8192  # prefetch distance in bytes of weights: a sixth faster than hardware prefetching alone
 
 
 def one_token(bits: int) -> List[str]:
@@ -95,7 +96,9 @@ static void tile_{bits}_{tokens}(const uint8_t *w, const int8_t *x, const int32_
 """
 
 
-HEAD = r"""
+HEAD = (
+    f"enum {{ AHEAD = {AHEAD} }};"
+    + r"""
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -105,6 +108,7 @@ enum { LANES = 16, WIDEST_EXACT = 8 };
 #else
 enum { LANES = 8, WIDEST_EXACT = 4 };
 #endif
+#define INLINE static inline __attribute__((always_inline))
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -186,6 +190,18 @@ static inline void scales_of(const void *scale, int type, long block, long out, 
   }
 }
 
+/* The sums [tokens][32] of a block, plus bias, to y[from + t][out]. */
+INLINE void write_block(const float *sums, const void *bias, int stype, void *y, int ytype, long from, long tokens,
+                        long out, long block) {
+  for (long t = 0; t < tokens; t++)
+    for (long r = 0; r < 32; r += 8) {
+      const long row = block * 32 + r;
+      __m256 v = _mm256_loadu_ps(sums + 32 * t + r);
+      if (bias) v = _mm256_add_ps(v, load(bias, stype, row, out - row));
+      store(y, ytype, (from + t) * out + row, out - row, v);
+    }
+}
+
 /* Quantize one token to int8 by groups: q = round(x / scale), scale = max|x| / 127, start = -offset * sum(q). */
 static void quantize_token(const void *x, int type, long k, long padded, long group, int offset, long stride, int8_t *q,
                            float *scale, int32_t *start) {
@@ -222,6 +238,7 @@ static void quantize_token(const void *x, int type, long k, long padded, long gr
   }
 }
 """
+)
 
 WIDTH = r"""
 int omp_get_thread_num(void);
@@ -268,13 +285,7 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
         product(w + block * block_bytes + g * group_bytes, q + from * padded + g * group * tokens,
                 start + (from * ng + g * tokens), xs + (from * ng + g * tokens),
                 ws + (groups == 1 ? 0 : min(g * group * groups / k, groups - 1) * 32), sums, group_bytes / 128);
-      for (long t = 0; t < min(tokens, n - from); t++)
-        for (long r = 0; r < 32; r += 8) {
-          long row = block * 32 + r;
-          __m256 v = _mm256_loadu_ps(sums + 32 * t + r);
-          if (bias) v = _mm256_add_ps(v, load(bias, stype, row, out - row));
-          store(y, xtype, (from + t) * out + row, out - row, v);
-        }
+      write_block(sums, bias, stype, y, xtype, from, min(tokens, n - from), out, block);
     }
   }
 }
@@ -294,7 +305,7 @@ static inline floats weight(words v, int bits, int input) {
 
 /* 32 rows for n tokens; n is a constant in each inlined copy. One or two tokens have more sums than rows and tokens,
    so that few additions wait for each other. */
-static inline __attribute__((always_inline)) void exact(const float *x, const uint8_t *w, const float *ws, long padded,
+INLINE void exact(const float *x, const uint8_t *w, const float *ws, long padded,
                                                         long groups, long per_group, int bits, int n, float *sums) {
   const int inputs = bits == 4 ? 8 : 4, parts = n == 1 ? 4 : n == 2 ? 2 : 1;
   for (int row = 0; row < 32; row += 2 * LANES) {  // two registers per token
@@ -343,13 +354,7 @@ void linear_float32(const float *x, float *y, const uint8_t *w, const void *scal
       #define EXACT(N) { if (bits == 4) exact(tokens, at, ws, padded, groups, per_group, 4, N, sums); \
                          else exact(tokens, at, ws, padded, groups, per_group, 8, N, sums); }
       if (left > 4) EXACT(WIDEST_EXACT) else if (left > 2) EXACT(4) else if (left > 1) EXACT(2) else EXACT(1)
-      for (long t = 0; t < left; t++)
-        for (long r = 0; r < 32; r += 8) {
-          long row = block * 32 + r;
-          __m256 v = _mm256_loadu_ps(sums + 32 * t + r);
-          if (bias) v = _mm256_add_ps(v, load(bias, stype, row, out - row));
-          store(y, FLOAT32, (from + t) * out + row, out - row, v);
-        }
+      write_block(sums, bias, stype, y, FLOAT32, from, left, out, block);
     }
   }
 }
@@ -406,7 +411,7 @@ void lay_out(uint8_t *packed, uint8_t *layout, long out, long bytes, int bits, i
 }
 
 /* The largest magnitude of n numbers in all lanes, by its bits: inf and nan count as larger than any other. */
-static inline __attribute__((always_inline)) __m256 largest(const char *w, int type, long n) {
+INLINE __m256 largest(const char *w, int type, long n) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   __m256i most = _mm256_setzero_si256();
   for (long i = 0; i < n; i += 8)
@@ -417,7 +422,7 @@ static inline __attribute__((always_inline)) __m256 largest(const char *w, int t
 }
 
 /* n <= 16 weights as int8 or int4, packed. */
-static inline __attribute__((always_inline)) void quantize_part(const char *w, uint8_t *packed, long n, __m256 scale,
+INLINE void quantize_part(const char *w, uint8_t *packed, long n, __m256 scale,
                                                                 int bits, int type) {
   const int limit = bits == 8 ? 127 : 7;
   __m256i q[2];
@@ -433,7 +438,7 @@ static inline __attribute__((always_inline)) void quantize_part(const char *w, u
   memcpy(packed, &bytes, n * bits / 8);
 }
 
-static inline __attribute__((always_inline)) void quantize_rows(const char *w, uint8_t *packed, void *scale, long rows,
+INLINE void quantize_rows(const char *w, uint8_t *packed, void *scale, long rows,
     long group, int bits, int type, int threads) {
   #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long row = 0; row < rows; row++) {
@@ -464,7 +469,7 @@ def source(instructions: str) -> str:
     if instructions == "avx2":
         tiles += avx2_source()
     else:
-        tiles += f"enum {{ OFFSET_4 = 8, OFFSET_8 = 128, AHEAD = {AHEAD} }};\n"
+        tiles += "enum { OFFSET_4 = 8, OFFSET_8 = 128 };\n"
         tiles += "".join(tile_source(bits, tokens) for bits in (4, 8) for tokens in TILES["avx512"])
     for bits in (4, 8):
         entries = ", ".join(f"[{tokens}] = tile_{bits}_{tokens}" for tokens in TILES[instructions])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LIMIT = {8: 127, 4: 7}  # bits -> the largest |q|
+RANGE = {8: (-127, 127), 4: (-8, 7)}  # bits -> what q may be; rounding to nearest leaves -8 out
 STEPS = 24  # `search_scale` tries scales in steps of max|w| / 7 / STEPS, down to a third of it
 CHUNK = 1 << 22  # weights rounded at a time, so that temporaries stay small
 
@@ -114,19 +115,22 @@ def search_scale(
 
 
 def divide_and_round(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The integers, as floats, of w [out, groups, size] in float32 with the scales [out, groups]: -8..7 for int4."""
-    low = -8 if bits == 4 else -LIMIT[bits]
-    return (w / torch.where(scale == 0, 1, scale)[..., None]).round_().clamp_(low, LIMIT[bits])
+    """The integers, as floats, of w [out, groups, size] in float32 with the scales [out, groups]: all of RANGE."""
+    return (w / torch.where(scale == 0, 1, scale)[..., None]).round_().clamp_(*RANGE[bits])
+
+
+def in_format(q: Tensor, scale: Tensor, bits: int, group_size: Optional[int]) -> Tuple[Tensor, Tensor]:
+    """The result of `quantize_weight` from integers int8 [out, in] and scales [out, groups], if these are finite."""
+    check_finite(scale)
+    return (q if bits == 8 else pack(q)), scale if group_size else scale[:, 0].contiguous()
 
 
 def quantize_with_search(weight: Tensor, bits: int, group_size: Optional[int] = None) -> Tuple[Tensor, Tensor]:
     """`quantize_weight` with the scales of `search_scale`, in the same format."""
     check_shape(weight, bits, group_size)
     scale = search_scale(weight, bits, group_size)
-    check_finite(scale)
     groups = weight.detach().float().view(*scale.shape, -1)
-    q = divide_and_round(groups, scale.float(), bits).to(torch.int8).flatten(1)
-    return (q if bits == 8 else pack(q)), scale if group_size else scale[:, 0].contiguous()
+    return in_format(divide_and_round(groups, scale.float(), bits).to(torch.int8).flatten(1), scale, bits, group_size)
 
 
 def dequantize_weight(weight: Tensor, weight_scale: Tensor, bits: int, dtype: Optional[torch.dtype] = None) -> Tensor:

@@ -5,7 +5,6 @@ makes, and takes turns with this package. "batch" is eight sequences at once, th
 """
 
 import statistics
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -16,10 +15,11 @@ from common import ROOT, machine, random_model, ratio, record, seconds, take_tur
 
 sys.path.insert(0, str(ROOT / "export"))
 from compressed_weights import choose_format
+from peers import Timer
 from to_glm import write_model
+from vllm_timer import CONTEXT, SEQUENCES
 
 TASKS = {"decode": 8, "batch": 8, "prefill": 512}  # tokens
-CONTEXT, SEQUENCES = 32, 8
 
 
 def arguments(parser):
@@ -29,30 +29,6 @@ def arguments(parser):
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--python", default=ROOT / "build" / "vllm" / "bin" / "python", type=Path)
-
-
-class Vllm:
-    """vLLM in a process of its own."""
-
-    def __init__(self, python, folder):
-        script = Path(__file__).with_name("vllm_timer.py")
-        command = [python, script, folder, str(torch.get_num_threads())]
-        pipe = subprocess.PIPE
-        self.log = open(Path(folder) / "log.txt", "w+", encoding="utf-8")
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
-        if self.process.stdout.readline().strip() != "ready":
-            self.log.seek(0)
-            raise RuntimeError(f"vLLM did not start: {self.log.read()[-2000:]}")
-
-    def time(self, task):
-        """Seconds of a task."""
-        print(task, TASKS[task], file=self.process.stdin, flush=True)
-        return float(self.process.stdout.readline())
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.log.close()
 
 
 @torch.inference_mode()
@@ -76,11 +52,16 @@ def run(args):
     limits = machine(dtype)
     model = random_model("6b", dtype, layers=args.layers, quantization_bit=args.bits)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log.txt", "w+", encoding="utf-8") as log:
         write_model(model, Path(folder), choose_format(model.config))
-        vllm = Vllm(args.python, folder)
+        script = Path(__file__).with_name("vllm_timer.py")
+        try:
+            vllm = Timer([args.python, script, folder, torch.get_num_threads()], log)
+        except RuntimeError as error:
+            log.seek(0)
+            raise RuntimeError(f"vLLM did not start: {log.read()[-2000:]}") from error
         for task, tokens in TASKS.items():
-            timers = {"ours": partial(time_ours, model, task), "vllm": partial(vllm.time, task)}
+            timers = {"ours": partial(time_ours, model, task), "vllm": partial(vllm.ask, task, tokens)}
             times = take_turns(timers, min(args.rounds, 2) if task == "prefill" else args.rounds)
             total = tokens * (SEQUENCES if task == "batch" else 1)
             row = {"task": task, **{name: round(total / statistics.median(t), 2) for name, t in times.items()}}

@@ -69,25 +69,7 @@ def arguments(parser):
 class Paragraphs(HTMLParser):
     """The text of an HTML or XML page, one paragraph a line."""
 
-    BREAKS = {
-        "p",
-        "li",
-        "td",
-        "th",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "dt",
-        "dd",
-        "pre",
-        "div",
-        "br",
-        "title",
-        "tr",
-        "item",
-    }
+    BREAKS = {*"p li td th h1 h2 h3 h4 h5 dt dd pre div br title tr item".split()}
     IGNORED = {"script", "style", "head", "info", "nav"}
 
     def __init__(self, text):
@@ -166,25 +148,13 @@ def is_held_back(text):
 
 
 def train_tokenizer(texts, folder, vocab_size):
-    """Write tokenizer.model as examples/tiny/train.py does, and return the tokenizer."""
-    import sentencepiece
+    """Write tokenizer.model and the files beside it, and return the tokenizer."""
+    from bpe import train_bpe
     from checkpoints import load_tokenizer
 
     lines = [line[:4000] for text in texts for line in text.split("\n")]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(random.Random(0).sample(lines, min(len(lines), 60_000))),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=0.998,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.vocab").unlink()
+    lines = random.Random(0).sample(lines, min(len(lines), 60_000))
+    (folder / "tokenizer.model").write_bytes(train_bpe(lines, vocab_size, character_coverage=0.998))
     (folder / "tokenizer_config.json").write_text((ROOT / "tokenizer_config.json").read_text())
     (folder / "config.json").write_text((ROOT / "config.json").read_text())
     return load_tokenizer(folder)

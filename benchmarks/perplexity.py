@@ -83,9 +83,7 @@ def run(args):
     tokenizer, dtype = load_tokenizer(args.model), getattr(torch, args.dtype)
     rows, want, results = rows_of(tokenizer, args.text, args.tokens), None, []
     samples = read_samples(args.calibration, tokenizer, args.samples)
-    for name in ["float", *(args.only or SCHEMES)]:
-        if any(row["weights"] == name for row in results):
-            continue
+    for name in dict.fromkeys(["float", *(args.only or SCHEMES)]):
         options = dict(SCHEMES[name])
         if options.get("calibration"):
             options.update(calibration=samples, tokenizer=tokenizer)

@@ -259,9 +259,8 @@ def build(sessions, args):
         for event in (asked, *answers):  # a stopped answer counts as a failure
             event.failure(ready, cleared, state, **hidden)
         box.stop(None, cancels=answers)
-        chatbot.clear(None, None, cleared, js="() => true", cancels=answers)
-        chatbot.clear(forget, None, None, **hidden)
-        chatbot.clear(None, None, status, js="() => ''")
+        chatbot.clear(None, None, [cleared, status], js="() => [true, '']", cancels=answers)
+        chatbot.clear(forget, **hidden)
         save.click(None, [chatbot, system], js=EXPORT)
         read.click(load, read_text, [chatbot, system], js=IMPORT, **hidden)
         page.unload(forget)

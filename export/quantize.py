@@ -21,7 +21,7 @@ with importing():
     import torch
     from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
     from chatglm2.transformers_compat import DTYPE, as_dtype
-    from checkpoints import load_config, load_model, load_tokenizer, save
+    from checkpoints import check_new, load_config, load_model, load_tokenizer, save
     from options import Parser, choose_device, device, number
     from samples import read_samples
     from transformers.utils import logging
@@ -49,8 +49,7 @@ def export(source, target, bits=4, scale="max", calibration=None, samples=128, d
 
     Raises ValueError or OSError before any weight is read, if something is in the way.
     """
-    if Path(target).exists() and (not Path(target).is_dir() or any(Path(target).iterdir())):
-        raise ValueError(f"{target} exists: give a new folder, or an empty one.")
+    check_new(target)
     config, tokenizer = load_config(source), load_tokenizer(source)
     if config.quantization_bit:
         raise ValueError(f"{source} is int{config.quantization_bit} already: give the folder of the float weights.")

@@ -92,6 +92,13 @@ def kernels(name):
     return others.get(name, "plain torch")
 
 
+def check_new(folder, option=""):
+    """Raise ValueError if there is something at `folder`, which `option` names as the place to write files to."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{option}{folder} exists: give a new folder, or an empty one.")
+
+
 def save(model, tokenizer, folder):
     """Write weights, tokenizer and code to `folder`, which then needs nothing else. It is there once it is whole."""
     partial = Path(f"{folder}.partial")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from chatglm2 import inference_cpu
-from checkpoints import TINY, load_config, load_model, load_tokenizer, save
+from checkpoints import TINY, check_new, load_config, load_model, load_tokenizer, save
 from transformers.utils import logging
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -147,8 +147,7 @@ def check_save(args):
     """Raise ValueError where --save has nothing to keep, or no room for it."""
     if not args.quantize or args.checkpoint:
         raise ValueError(f"--save {args.save} keeps quantized weights: give --quantize 4 or 8, and no --checkpoint.")
-    if Path(args.save).exists() and (not Path(args.save).is_dir() or any(Path(args.save).iterdir())):
-        raise ValueError(f"--save {args.save} exists: give a new folder, or an empty one.")
+    check_new(args.save, "--save ")
 
 
 def load_or_exit(args):

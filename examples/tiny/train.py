@@ -10,14 +10,13 @@ answers survive quantization. The ChatGLM3 has 1.2 million parameters and dialog
 """
 
 import argparse
-import io
 import json
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
-import sentencepiece
 import torch
 from torch.nn.utils import parametrize
 from transformers import (
@@ -29,6 +28,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "lib"))
+from bpe import train_bpe
 
 FOLDER = Path(__file__).resolve().parent
 TINY3 = FOLDER.parent / "tiny3"
@@ -52,24 +54,11 @@ def read_dialogues():
 
 
 def train_tokenizer(dialogues, vocab_size):
-    """Write tokenizer.model: BPE, byte fallback, split digits, no normalization, as in the released one."""
+    """Write tokenizer.model and the file beside it, and return the tokenizer."""
     prompt = "[Round 1]\n\n问：答：[Round 2]\n\n[Round 3]\n\n"
     lines = [line for rounds in dialogues for turn in rounds for text in turn for line in text.split("\n")]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*lines, *prompt.split("\n")]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=0.995,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    (FOLDER / "tokenizer.model").write_bytes(model.getvalue())
+    model = train_bpe([*lines, *prompt.split("\n")], vocab_size, character_coverage=0.995)
+    (FOLDER / "tokenizer.model").write_bytes(model)
     shutil.copy(REPOSITORY / "tokenizer_config.json", FOLDER)
     return AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 
