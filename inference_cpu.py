@@ -26,6 +26,8 @@ FUNCTIONS = {  # of the C library, with their arguments
     "rms_norm": [ADDRESS] * 3 + [LONG] * 2 + [FLOAT] + [INT] * 3,
     "rotate": [ADDRESS] * 4 + [LONG] * 5 + [INT] * 2,
     "linear": [ADDRESS] * 5 + [LONG] * 3 + [INT] * 2,
+    "gated": [ADDRESS] * 2 + [LONG] * 2 + [INT] * 2,
+    "blocks": [ADDRESS] * 2 + [FLOAT] * 2,  # see blocks_cpu
 }
 MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
 MOST_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 4}  # that C was measured to multiply faster
@@ -102,6 +104,19 @@ def rotate_in_c(x, cos, sin):
     return D % 16 == 0 and cos.device == x.device and cos.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4))
 
 
+def c_gated(x: Tensor) -> Tensor:
+    """x (..., 2 F) -> silu(gate) * up (..., F), for gate and up side by side; silu is rounded to x's dtype."""
+    x, size = x.contiguous(), x.shape[-1] // 2
+    y, threads = x.new_empty(*x.shape[:-1], size), torch.get_num_threads()
+    load_library()[0].gated(x.data_ptr(), y.data_ptr(), y.numel() // size, size, TYPES[x.dtype], threads)
+    return y
+
+
+@functools.partial(in_c, c_gated)
+def gated_in_c(x):
+    return x.shape[-1] % 2 == 0
+
+
 def c_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out), all of one dtype: the weight is read in place.
 
@@ -109,10 +124,15 @@ def c_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """
     x, (out, k) = x.contiguous(), weight.shape
     y, n = x.new_empty(*x.shape[:-1], out), x.numel() // k
-    scratch = torch.empty(-(-min(n, PANEL) // 8) * 8 * (-(-k // 32) * 32), dtype=torch.float32, device="cpu")
+    scratch = torch.empty(linear_scratch(n, k), dtype=torch.float32, device="cpu")
     addresses = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
     load_library()[0].linear(*addresses, scratch.data_ptr(), n, k, out, TYPES[x.dtype], torch.get_num_threads())
     return y
+
+
+def linear_scratch(n: int, k: int) -> int:
+    """Floats that `linear` of the C library needs."""
+    return -(-min(n, PANEL) // 8) * 8 * (-(-k // 32) * 32)
 
 
 @functools.lru_cache(None)
@@ -160,12 +180,9 @@ def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, i
         strides += [attention_mask.stride(0), attention_mask.stride(2)]
     else:
         strides += [0, 0]
-    rows, stride, threads = T * (H // G), 128 if D <= 128 else 256, torch.get_num_threads()
-    stretches = min(-(-MOST_THREADS // (B * G * -(-rows // 64))), -(-S // STRETCH))
-    rows = -(-rows // 128) * 128 if rows > 64 else -(-rows // 32) * 32  # padded to whole blocks
-    scratch = stride * (2 * min(rows, 128) + 2 * TILE) + 32 * TILE + 256  # floats for each thread
-    states = B * G * stretches * rows * (stride + 2) if stretches > 1 else 0
-    buffer = torch.empty(threads * scratch + states, dtype=torch.float32, device="cpu")
+    threads = torch.get_num_threads()
+    stretches, scratch, size = attention_scratch(B, T, S, H, G, D, threads)
+    buffer = torch.empty(size, dtype=torch.float32, device="cpu")
     output = query.new_empty(B, T, H, D)
     types = (TYPES[t.dtype] for t in (query, key, value))
     shape = (B, T, S, H, G, D, *strides, *types, causal, stretches, threads, scratch)
@@ -180,6 +197,16 @@ def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, i
         (ctypes.c_long * len(shape))(*shape),
     )
     return output, None
+
+
+def attention_scratch(B: int, T: int, S: int, H: int, G: int, D: int, threads: int) -> Tuple[int, int, int]:
+    """(stretches that the keys are divided into, floats of scratch for each thread, floats in all)."""
+    rows, stride = T * (H // G), 128 if D <= 128 else 256
+    stretches = min(-(-MOST_THREADS // (B * G * -(-rows // 64))), -(-S // STRETCH))
+    rows = -(-rows // 128) * 128 if rows > 64 else -(-rows // 32) * 32  # padded to whole blocks
+    each = stride * (2 * min(rows, 128) + 2 * TILE) + 32 * TILE + 256
+    states = B * G * stretches * rows * (stride + 2) if stretches > 1 else 0
+    return stretches, each, threads * each + states
 
 
 def with_dense_rows(x: Tensor) -> Tensor:

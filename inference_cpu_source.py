@@ -9,6 +9,7 @@ A long context is split into stretches of keys for several threads, as in Flash-
 largest score, its sum and its output), and a last pass combines them.
 """
 
+from .blocks_cpu_source import BODY as BLOCKS
 from .quantization_cpu_source import HEAD
 
 TILE = 64  # keys that are widened at a time
@@ -453,4 +454,4 @@ void linear(const char *x, const char *w, const char *bias, char *y, float *scra
 
 def source(instructions: str) -> str:
     """Return the C file; the compiler's options alone tell AVX512 from AVX2."""
-    return f"{HEAD}enum {{ TILE = {TILE}, PANEL = {PANEL} }};\n{BODY}"
+    return f"{HEAD}enum {{ TILE = {TILE}, PANEL = {PANEL} }};\n{BODY}{BLOCKS}"

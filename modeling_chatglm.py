@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention_chatglm import causal_mask, check_arguments, choose_attention
+from .blocks_cpu import BlocksInC
 from .generation_chatglm import ChatMixin, InvalidScoreLogitsProcessor  # noqa: F401 (other code imports it from here)
-from .inference_cpu import linear, rms_norm, rotate_in_c
+from .inference_cpu import gated_in_c, linear, rms_norm, rotate_in_c
 from .prefix_chatglm import PrefixEncoder
 from .pretrained_chatglm import ChatGLMPreTrainedModel, OriginalAttributes, checkpointed
 from .quantization import quantize
@@ -34,6 +35,7 @@ from .transformers_compat import (
 )
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
+    from .blocks_cpu_source import BODY  # noqa: F401
     from .c_library import load  # noqa: F401
     from .chat_template_chatglm import ChatTemplateMixin  # noqa: F401
     from .checkpoint_chatglm import read_checkpoint  # noqa: F401
@@ -158,6 +160,15 @@ class SelfAttention(nn.Module):
         return self.dense(output.reshape(B, T, -1)), weights  # (B, T, C), (B, H, T, S)
 
 
+@gated_in_c
+def gated(x):
+    """silu(gate) * up, for x (..., 2 ffn_hidden_size), gate and up side by side."""
+    gate, up = x.chunk(2, dim=-1)
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    return F.silu(gate).mul_(up)  # in place: a long prompt's memory peaks here
+
+
 class MLP(nn.Module):
     """SwiGLU: dense_4h_to_h(silu(gate) * up), gate and up from one projection (Shazeer, 2020, arXiv:2002.05202)."""
 
@@ -167,10 +178,7 @@ class MLP(nn.Module):
         self.dense_4h_to_h = Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, x):
-        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)  # (B, T, ffn_hidden_size) each
-        if torch.is_grad_enabled():
-            return self.dense_4h_to_h(F.silu(gate) * up)
-        return self.dense_4h_to_h(F.silu(gate).mul_(up))  # in place: a long prompt's memory peaks here
+        return self.dense_4h_to_h(gated(self.dense_h_to_4h(x)))
 
 
 class GLMBlock(nn.Module):
@@ -219,6 +227,9 @@ class Embedding(nn.Module):
             ) from error
 
 
+blocks_in_c = BlocksInC(GLMBlock, SelfAttention, MLP, RMSNorm, Linear)
+
+
 class GLMTransformer(nn.Module):
     """The blocks and the final norm."""
 
@@ -232,6 +243,10 @@ class GLMTransformer(nn.Module):
     def forward(self, x, rotary, attention_mask, attend, cache=None, cache_kwargs=None, prefix=None,
                 output_hidden_states=False, output_attentions=False, **kwargs):  # fmt: skip
         """Run x (B, T, C) through all blocks; return it with the requested hidden states and attention weights."""
+        if not (output_hidden_states or prefix or self.fp32_residual or kwargs):
+            y = blocks_in_c(self.layers, x, rotary, attention_mask, attend, cache)  # a few tokens on a CPU, in one call
+            if y is not None:
+                return self.final_layernorm(y), None, None
         dtype, hidden_states, attentions = x.dtype, (), ()
         x = x.float() if self.fp32_residual else x
         for i, block in enumerate(self.layers):

@@ -69,6 +69,7 @@ def fits_layout(out_features: int, in_features: int, bits: int, group_size: Opti
     return in_features > 0 and (group_size in (None, 32, 64) or group_size % GROUP == 0)
 
 
+@functools.lru_cache(None)
 def layout_shape(out_features: int, in_features: int, bits: int) -> Tuple[int, int, int]:
     """[out / 32, in / step, 128], padded to whole blocks: a step is 4 inputs (int8) or 8 (int4) of 32 rows."""
     return _padded(out_features, ROWS) // ROWS, _padded(in_features, GROUP) * bits // 32, ROWS * 4
@@ -139,24 +140,36 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tenso
 
 
 def _linear(x, weight, weight_scale, bias, bits):
-    (n, k), out = x.shape, weight_scale.shape[0]
-    groups, group_size = (1, None) if weight_scale.dim() == 1 else (weight_scale.shape[1], k // weight_scale.shape[1])
+    (n, k), out, threads = x.shape, weight_scale.shape[0], torch.get_num_threads()
+    groups, group = groups_of(weight_scale, k)
     weight_scale, y = weight_scale.contiguous(), x.new_empty(n, out)
     bias = None if bias is None else bias.to(weight_scale.dtype).contiguous()
-    threads = torch.get_num_threads()
-    tables, types = threads * groups * ROWS * 4, (TYPES[x.dtype], TYPES[weight_scale.dtype], threads)  # bytes of scales
+    scratch = torch.empty(scratch_bytes(n, k, groups, group, threads), dtype=torch.int8, device="cpu")
+    types = TYPES[x.dtype], TYPES[weight_scale.dtype], threads
     if x.dtype == torch.float32:
         x = F.pad(x, (0, -k % GROUP, 0, -n % 8 if n > 2 else 0)).contiguous()
-        scratch = torch.empty(tables, dtype=torch.int8, device="cpu")
         _call("linear_float32", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, bits, *types[1:])
-        return y
-    group, width = min(group_size or GROUP, GROUP), _padded(k, GROUP)
-    inputs, together = (n + WIDEST) * (width + 8 * (width // group)), min(n + 3, MOST)
+    else:
+        _call("linear", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, group, bits, *types)
+    return y
+
+
+def groups_of(weight_scale: Tensor, k: int) -> Tuple[int, int]:
+    """(scales of a row, inputs that share an activation scale) of a weight with k inputs."""
+    if weight_scale.dim() == 1:
+        return 1, GROUP
+    groups = weight_scale.shape[1]
+    return groups, min(k // groups, GROUP)
+
+
+@functools.lru_cache(None)
+def scratch_bytes(n: int, k: int, groups: int, group: int, threads: int) -> int:
+    """Bytes that the C functions `linear` and `linear_float32` need, the second beside its padded inputs."""
+    width, together = _padded(k, GROUP), min(n + 3, MOST)
+    inputs = (n + WIDEST) * (width + 8 * (width // group))
     # `prompt` of AVX2 has 16 bits for an input, and for each thread a strip of weights and sums
     prompt = together * (2 * width + 8 * (width // group)) + threads * (64 * group + 128 + 128 * together)
-    scratch = torch.empty(tables + max(inputs, prompt), dtype=torch.int8, device="cpu")
-    _call("linear", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, group, bits, *types)
-    return y
+    return threads * groups * ROWS * 4 + max(inputs, prompt)  # first a table of scales for each thread
 
 
 _without_overflow = without_overflow(_linear)

@@ -62,6 +62,14 @@ def needs_dispatch(x):
     )
 
 
+has_global_hooks = torch.nn.modules.module._has_any_global_hook
+
+
+def has_forward_hooks(module):
+    """Whether calling the module does more than its class's `forward`: hooks of its own, or a `forward` of its own."""
+    return module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+
+
 @contextlib.contextmanager
 def without_cudnn_attention(lengths_vary):
     """Disable cuDNN's attention kernel if lengths vary from call to call, and another fused one is enabled.

@@ -151,8 +151,27 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             super().update(key_states[..., :0, :], value_states[..., :0, :], *args, **kwargs)
-        self.keys, self.key_buffer = append(self.keys, getattr(self, "key_buffer", None), key_states)
-        self.values, self.value_buffer = append(self.values, getattr(self, "value_buffer", None), value_states)
+        if self.keys.shape[:2] != key_states.shape[:2]:  # writing into the buffer would repeat one row for all
+            (B, G), (rows, heads) = self.keys.shape[:2], key_states.shape[:2]
+            raise ValueError(
+                f"The cache holds {B} rows of {G} heads, the new tokens have {rows} of {heads}. Pass a cache of the "
+                "same rows, or None."
+            )
+        seen, tokens = self.keys.shape[2], key_states.shape[2]
+        for buffer, new in zip(self.reserve(tokens, key_states.dtype), (key_states, value_states)):
+            buffer[:, :, seen : seen + tokens] = new
+        return self.extend(tokens)
+
+    def reserve(self, tokens, dtype):
+        """Return the buffers of keys and values with room for `tokens` more, which the caller writes behind `keys`."""
+        self.key_buffer = with_room(self.keys, getattr(self, "key_buffer", None), tokens, dtype)
+        self.value_buffer = with_room(self.values, getattr(self, "value_buffer", None), tokens, dtype)
+        return self.key_buffer, self.value_buffer
+
+    def extend(self, tokens):
+        """Take the tokens that were written behind `keys` into the cache; return all keys and values."""
+        total = self.keys.shape[2] + tokens
+        self.keys, self.values = self.key_buffer[:, :, :total], self.value_buffer[:, :, :total]
         return self.keys, self.values
 
     def crop(self, *args, **kwargs):
@@ -163,23 +182,17 @@ class GrowingLayer(DynamicLayer):
             self.key_buffer = self.value_buffer = None
 
 
-def append(held, buffer, new):
-    """Append `new` (B, G, T, D) to `held` (B, G, S, D); return (a view of both, its buffer)."""
-    if held.shape[:2] != new.shape[:2]:  # writing into the buffer would repeat one row for all
-        raise ValueError(
-            f"The cache holds {held.shape[0]} rows of {held.shape[1]} heads, the new tokens have {new.shape[0]} of "
-            f"{new.shape[1]}. Pass a cache of the same rows, or None."
-        )
-    seen, total = held.shape[2], held.shape[2] + new.shape[2]
+def with_room(held, buffer, tokens, dtype):
+    """`buffer`, if it is where `held` (B, G, S, D) lies and has room for `tokens` more; else a new one, with a copy."""
+    seen, total = held.shape[2], held.shape[2] + tokens
     owned = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.stride() == held.stride()
     owned = owned and buffer.shape[:2] == held.shape[:2]
-    writable = owned and buffer.dtype == new.dtype and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+    writable = owned and buffer.dtype == dtype and (torch.is_inference_mode_enabled() or not buffer.is_inference())
     if not writable or total > buffer.shape[2]:
-        dtype = torch.promote_types(held.dtype, new.dtype)
-        buffer = new.new_empty(*new.shape[:2], (total // STEP + 1) * STEP, new.shape[3], dtype=dtype)
+        dtype = torch.promote_types(held.dtype, dtype)
+        buffer = held.new_empty(*held.shape[:2], (total // STEP + 1) * STEP, held.shape[3], dtype=dtype)
         buffer[:, :, :seen] = held
-    buffer[:, :, seen:total] = new
-    return buffer[:, :, :total], buffer
+    return buffer
 
 
 def grow_in_place(cache):
@@ -191,6 +204,12 @@ def grow_in_place(cache):
     cache.layers = [GrowingLayer() for _ in cache.layers]
     if cache.layer_class_to_replicate is not None:
         cache.layer_class_to_replicate = GrowingLayer
+
+
+def growing_layers(cache):
+    """The layers of a cache that `grow_in_place` has changed and that holds tokens; an empty list for another."""
+    layers = cache.layers if type(cache) is DynamicCache and DynamicLayer is not object else []
+    return layers if all(type(layer) is GrowingLayer and layer.is_initialized for layer in layers) else []
 
 
 # ---- outputs --------------------------------------------------------------------------------------------------------

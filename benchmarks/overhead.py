@@ -1,13 +1,17 @@
 """The part of a decode step at the 6.2B shapes that is neither matrix product nor attention.
 
 Matrix products and attention of one step are timed separately, on a step's inputs, in turns with the whole step. The
-rest is overhead: norms, rotary embedding, activation, cache, Python.
+rest is overhead: norms, rotary embedding, activation, cache, Python. Products of quantized layers in C are prepared
+calls, without Python. Attention, and other kernels, are called through Python, which here counts for them.
+
+--modules times the step of the modules too, without the C code that computes all blocks in one call.
 """
 
 import statistics
+from functools import partial
 
 import torch
-from common import filled_cache, in_turns, machine, milliseconds, quantization, random_model, record
+from common import c_library, filled_cache, in_turns, machine, milliseconds, quantization, random_model, ratio, record
 from decode import step
 from torch import nn
 
@@ -20,6 +24,23 @@ def arguments(parser):
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--modules", action="store_true")
+    parser.add_argument("--instructions", choices=["avx2"], help="the C kernels as for a CPU without AVX512")
+    parser.add_argument("--small-head", action="store_true", help="the embedding and the output layer in int8 too")
+
+
+def prepared(layer, x, held):
+    """A call of the C product of a quantized layer with one token; what it writes to is added to `held`."""
+    from chatglm2 import quantization_cpu
+
+    k, out, threads = layer.in_features, layer.out_features, torch.get_num_threads()
+    groups, group = quantization_cpu.groups_of(layer.weight_scale, k)
+    scratch = torch.empty(quantization_cpu.scratch_bytes(1, k, groups, group, threads), dtype=torch.int8)
+    held += [x, x.new_empty(out), layer.weight, layer.weight_scale, layer.bias, scratch]
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in held[-6:])
+    types = (quantization_cpu.TYPES[t.dtype] for t in (x, layer.weight_scale))
+    function = quantization_cpu.load_library()[0].linear
+    return partial(function, *addresses, 1, k, out, groups, group, layer.bits, *types, threads)
 
 
 def bare_work(model, cache):
@@ -35,30 +56,60 @@ def bare_work(model, cache):
 
     with torch.no_grad():
         attend = choose_attention(config, query, None)
-    kernel = quantization.family(quantization.choose("auto", device))
+    name = quantization.choose("auto", device)
+    kernel, held, products = quantization.family(name), [], []
+    for layer in linears:
+        x = inputs[layer.in_features]
+        if not isinstance(layer, quantization.QuantizedLinear):
+            products.append(partial(layer, x))
+        elif name == "cpu" and model.dtype != torch.float32:
+            products.append(prepared(layer, x[0], held))
+        else:
+            multiply = kernel.layout.linear if layer._weights.layout else kernel.linear
+            products.append(partial(multiply, x[0], layer.weight, layer.weight_scale, layer.bias, layer.bits))
 
     @torch.no_grad()
     def work():
-        for layer in linears:
-            x = inputs[layer.in_features]
-            if isinstance(layer, quantization.QuantizedLinear):
-                multiply = kernel.layout.linear if layer._weights.layout else kernel.linear
-                multiply(x[0], layer.weight, layer.weight_scale, layer.bias, layer.bits)
-            else:
-                layer(x)
-        for held in cache.layers:
-            attend(None, query, held.keys, held.values, None, scaling=config.kv_channels**-0.5)
+        for product in products:
+            product()
+        for layer in cache.layers:
+            attend(None, query, layer.keys, layer.values, None, scaling=config.kv_channels**-0.5)
+        return held  # until here, the calls write to it
 
     return work
 
 
+def by_modules(work):
+    """The same work, the blocks computed by their modules."""
+    from chatglm2 import modeling_chatglm
+
+    def without():
+        computed, modeling_chatglm.blocks_in_c = modeling_chatglm.blocks_in_c, lambda *args: None
+        try:
+            work()
+        finally:
+            modeling_chatglm.blocks_in_c = computed
+
+    return without
+
+
 def run(args):
+    if args.instructions:
+        c_library.instructions = lambda: [(args.instructions, c_library.FLAGS)]
     dtype = getattr(torch, args.dtype)
-    model = random_model("6b", dtype, args.device, args.layers, quantization_bit=args.bits if args.bits < 16 else 0)
+    small = {"embedding": True, "output_layer": True} if args.small_head else {}
+    quantized = {"quantization_bit": args.bits, "quantization_options": small} if args.bits < 16 else {}
+    model = random_model("6b", dtype, args.device, args.layers, **quantized)
     limits = machine(dtype, args.device)
     cache = filled_cache(model, args.context)
-    works = {"step": step(model, cache), "bare": bare_work(model, cache)}
+    works = {"step": step(model, cache)}
+    works["step"]()  # it lays weights out
+    works["bare"] = bare_work(model, cache)
+    if args.modules:
+        works["modules"] = by_modules(works["step"])
     times = in_turns(works, args.rounds, args.device, warmup=2)
-    result = {"step_ms": milliseconds(times["step"]), "bare_ms": milliseconds(times["bare"])}
-    share = statistics.median(bare / step for bare, step in zip(times["bare"], times["step"]))
-    record("overhead", args, limits, **result, overhead=round(1 - share, 3))
+    result = {f"{name}_ms": milliseconds(times[name]) for name in works}
+    result["overhead"] = round(1 - statistics.median(bare / step for bare, step in zip(times["bare"], times["step"])), 3)
+    if args.modules:
+        result["modules_ratio"] = ratio(times, ours="step", other="modules")
+    record("overhead", args, limits, **result)

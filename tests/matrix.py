@@ -33,6 +33,7 @@ SHARED = ("torch", "numpy", "sentencepiece", "jinja2", "pytest", "hypothesis")
 CORE = ("golden", "configuration", "loading", "checkpoint_files", "pretrained", "model", "attention", "prefix")
 CORE += (
     "inference_cpu",
+    "blocks_cpu",
     "cache",
     "generation",
     "streaming",

@@ -1,0 +1,1 @@
+../../blocks_cpu_source.py
