@@ -111,5 +111,5 @@ def run(args):
     result = {f"{name}_ms": milliseconds(times[name]) for name in works}
     result["overhead"] = round(1 - statistics.median(bare / step for bare, step in zip(times["bare"], times["step"])), 3)
     if args.modules:
-        result["modules_ratio"] = ratio(times, ours="step", other="modules")
+        result["modules_ratio"] = ratio(times, base="step", other="modules")
     record("overhead", args, limits, **result)
