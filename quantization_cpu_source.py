@@ -41,7 +41,10 @@ def one_token(bits: int) -> List[str]:
 
 def many_tokens(bits: int, tokens: int, apart: int) -> List[str]:
     """A step: each half of the weights is read once, then multiplied with each token."""
-    step = [f"prefetcht0 {AHEAD + 64 * half}(%[w]); vmovdqu64 {64 * half}(%[w]), %%zmm{24 + half}" for half in (0, 1)]
+    level, ahead = (1, AHEAD // 2) if (bits, tokens) == (4, 8) else (0, AHEAD)  # 4% faster; for 4 tokens it depends
+    step = []
+    for half in (0, 1):
+        step.append(f"prefetcht{level} {ahead + 64 * half}(%[w]); vmovdqu64 {64 * half}(%[w]), %%zmm{24 + half}")
     for quad in range(8 // bits):
         weights = 24
         if bits == 4:

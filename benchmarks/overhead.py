@@ -109,7 +109,8 @@ def run(args):
         works["modules"] = by_modules(works["step"])
     times = in_turns(works, args.rounds, args.device, warmup=2)
     result = {f"{name}_ms": milliseconds(times[name]) for name in works}
-    result["overhead"] = round(1 - statistics.median(bare / step for bare, step in zip(times["bare"], times["step"])), 3)
+    share = statistics.median(bare / step for bare, step in zip(times["bare"], times["step"]))
+    result["overhead"] = round(1 - share, 3)
     if args.modules:
         result["modules_ratio"] = ratio(times, base="step", other="modules")
     record("overhead", args, limits, **result)

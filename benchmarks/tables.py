@@ -62,8 +62,8 @@ def newest(processor, benchmark, *settings, having=None):
     """
     runs = {}
     for record in runs_of(processor, benchmark):
-        if having is None or having in record:
-            runs[tuple(str(record["settings"].get(key)) for key in settings)] = record
+        if having is None or record.get(having):
+            runs[tuple(str(record["settings"].get(key) or "") for key in settings)] = record
     return [runs[key] for key in sorted(runs, reverse=True)]
 
 
@@ -196,12 +196,18 @@ def training(say, processor):
 
 
 def overhead(say, processor):
-    records = newest(processor, "overhead", "bits", "device")
+    records = newest(processor, "overhead", "bits", "small_head", "device")
     rows = [
-        [weights(r["settings"]), r["settings"]["layers"], r["step_ms"], r["bare_ms"], f"{r['overhead']:.1%}"]
+        [
+            with_head(weights(r["settings"]), r["settings"], say),
+            r["step_ms"],
+            r["bare_ms"],
+            f"{r['overhead']:.1%}",
+            f"{r['modules_ms']} ({r['modules_ratio']}x)" if "modules_ms" in r else "",
+        ]
         for r in records
     ]
-    header = ["weights", "layers", "a step, ms", "matrix products and attention, ms", "overhead"]
+    header = ["weights", "a step, ms", "matrix products and attention, ms", "overhead", "by modules, ms"]
     return table(header, rows, records, "overhead", say)
 
 
@@ -237,7 +243,7 @@ def weights(run, dtype=None):
 
 def with_head(name, settings, say):
     """`name`, and whether the embedding and the output layer are in int8 too."""
-    return f"{name}, {say('with int8 embedding and output layer')}" if settings["small_head"] else name
+    return f"{name}, {say('with int8 embedding and output layer')}" if settings.get("small_head") else name
 
 
 SPECIAL = ("small_head", "group_size")  # what makes a run of the quantized benchmark other than plain
@@ -320,6 +326,7 @@ def context(say, processor):
     rows, others = [], ("torch", *PEERS)
     for record in decoding:
         name = with_head(weights(record["settings"]), record["settings"], say)
+        name += f", {record['settings']['layers']} layers" if record["settings"]["layers"] != 28 else ""
         for row in record["decode"]:
             cells = [timed(row["ms"], row["ratios"], other) for other in others]
             rows.append([name, f"token after {row['context']:,}, ms", row["ms"]["ours"], f"{row['speed']:.0%}", *cells])
