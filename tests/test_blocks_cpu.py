@@ -9,9 +9,9 @@ import functools
 import pytest
 import torch
 from chatglm2 import blocks_cpu, inference_cpu, modeling_chatglm, quantization_cpu
+from chatglm2.transformers_compat import DynamicCache
 from conftest import ANSWERS, c_kernels
 from model_helpers import some_ids
-from transformers import DynamicCache
 
 REASON = inference_cpu.load_library()[1] or quantization_cpu.load_library()[1]
 pytestmark = [
