@@ -108,7 +108,7 @@ INLINE void multiply(const uint8_t *w, const int8_t *x, const int32_t *start,
       for (int i = 0; i < together; i++, at += 128, quads += 4 * tokens * (bits == 8 ? 1 : 2)) {
         __m256i v[4], low[4], high[4];
         for (int p = 0; p < parts; p++) {
-          if (p % 2 == 0) _mm_prefetch((const char *)at + 32 * p + AHEAD, _MM_HINT_T0);
+          if (tokens > 1 && p % 2 == 0) _mm_prefetch((const char *)at + 32 * p + AHEAD, _MM_HINT_T0);
           v[p] = _mm256_loadu_si256((const __m256i *)(at + 32 * p));
           if (signs) {
             v[p] = _mm256_xor_si256(v[p], highest);
