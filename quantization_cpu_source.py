@@ -319,7 +319,7 @@ INLINE void exact(const float *x, const uint8_t *w, const float *ws, long padded
       long to = groups == 1 ? padded : (g + 1) * per_group;
       for (long k = g * per_group; k < to; k += inputs, at += 128) {
         const words first = *(const words *)at, second = *(const words *)(at + 4 * LANES);
-        for (int i = 0; i < 8 * LANES; i += 64) _mm_prefetch((const char *)at + i + AHEAD, _MM_HINT_T0);
+        for (int i = 0; i < 8 * LANES; i += 64) _mm_prefetch((const char *)at + i + AHEAD, _MM_HINT_T1);
         #pragma GCC unroll 8
         for (int i = 0; i < inputs; i++) {
           const floats f = weight(first, bits, i), s = weight(second, bits, i);
