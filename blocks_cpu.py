@@ -15,38 +15,54 @@ import torch
 from torch import Tensor, nn
 
 from .attention_chatglm import cpu_attention
+from .c_library import FLOAT, LONG
 from .inference_cpu import attention_scratch, is_plain, linear_scratch, most_rows, serves, with_dense_rows
 from .inference_cpu import load_library as load_floats
 from .quantization import QuantizedLinear
-from .quantization_cpu import GROUP, groups_of, layout_shape, scratch_bytes
+from .quantization_cpu import groups_of, layout_shape, padded_inputs, scratch_bytes
 from .quantization_cpu import load_library as load_quantized
 from .quantization_cpu_source import TYPES
-from .torch_compat import autocast_dtype, has_forward_hooks, has_global_hooks
+from .torch_compat import autocast_dtype, changes_forward, has_global_hooks
 from .transformers_compat import growing_layers
 
 MOST_TOKENS = 32  # of all rows together: with more, a call takes so long that Ctrl-C would have to wait
+FUNCTIONS = ("rotate", "gated", "linear", "rms_norm")  # of modeling_chatglm, which the modules call
 
 
-class LeftToPython(Exception):
+class NotServed(Exception):
     """The modules have to compute these blocks."""
 
 
 def require(served: bool) -> None:
     if not served:
-        raise LeftToPython
+        raise NotServed
+
+
+class Step(ctypes.Structure):
+    """The C struct `step`; addresses are numbers."""
+
+    _fields_ = [
+        *((name, LONG) for name in ("blocks", "batch", "tokens", "seen", "heads", "groups", "size", "hidden", "inner")),
+        *((name, LONG) for name in ("type", "norm_type", "threads", "cosine", "sine", "period")),
+        *((name, LONG) for name in ("mask", "mask_batch", "mask_token", "stretches", "attention_scratch")),
+        *((name, LONG) for name in ("x", "work", "scratch", "multiply", "multiply_float32", "overflow")),
+        *((name, FLOAT) for name in ("eps", "scale")),
+    ]
 
 
 class BlocksInC:
     """The C code for blocks of these classes, as they are now: GLMBlock, SelfAttention, MLP, RMSNorm and Linear.
 
-    Blocks with adapters or hooks, of subclasses, or with a `forward` that other code has replaced are left to Python.
+    Blocks with adapters or hooks, of subclasses, or with methods or functions that other code has replaced are left to
+    the modules. `namespace` is that of their file.
     """
 
-    def __init__(self, *classes: type):
-        self.forwards = {cls: cls.forward for cls in (*classes, QuantizedLinear)}
+    def __init__(self, namespace: dict, *classes: type):
+        self.namespace, self.functions = namespace, {name: namespace[name] for name in FUNCTIONS}
+        self.methods = {cls: {k: v for k, v in vars(cls).items() if callable(v)} for cls in (*classes, QuantizedLinear)}
 
     def __call__(self, blocks: Sequence[nn.Module], x: Tensor, rotary, mask, attend, cache) -> Optional[Tensor]:
-        """x (B, T, C) after all blocks, with its keys and values in the cache; None if Python has to compute it.
+        """x (B, T, C) after all blocks, with its keys and values in the cache; None if the modules have to compute it.
 
         rotary: cos, sin (B or 1, T, 1, D / 4), float32. mask: boolean (B or 1, 1, T, S), or None for causal; it and
         `attend` are those of attention_chatglm.
@@ -54,124 +70,137 @@ class BlocksInC:
         layers, tokens = growing_layers(cache), x.shape[1]
         try:
             require(attend is cpu_attention and 0 < len(layers) == len(blocks) and x.shape[0] * tokens <= MOST_TOKENS)
-            require(serves(x) and autocast_dtype("cpu") is None and not has_global_hooks())
+            require(serves(x) and autocast_dtype("cpu") is None and not has_global_hooks() and self.is_unchanged())
             y = self.compute(blocks, x, rotary, mask, layers)
-        except LeftToPython:
+        except NotServed:
             return None
-        if x.dtype == torch.float32 and not math.isfinite(y.sum()):
-            return None  # a quantized product may have exceeded float32 on the way: Python multiplies again, scaled
         for layer in layers:
             layer.extend(tokens)
         return y
 
-    def compute(self, blocks, x, rotary, mask, layers):
-        (B, T, C), seen, threads = x.shape, layers[0].keys.shape[2], torch.get_num_threads()
-        first = self.check(blocks[0])
-        attention, norm = first["self_attention"], first["input_layernorm"]
-        down = self.check(first["mlp"])["dense_4h_to_h"]
-        for part in (attention, norm, down):
-            self.check(part)
-        H, G, D, scaling = shape = head_shape(attention)
-        inner, eps, norm_dtype = down.in_features, norm.eps, norm.weight.dtype
-        require(D % 16 == 0 and norm_dtype in TYPES and all(angles.device == x.device for angles in rotary))
-        require(all(angles.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4)) for angles in rotary))
+    def is_unchanged(self) -> bool:
+        functions = all(self.namespace.get(name) is function for name, function in self.functions.items())
+        return functions and all(vars(c).get(k) is v for c, methods in self.methods.items() for k, v in methods.items())
 
-        call = Call(x)
-        for block, layer in zip(blocks, layers):
-            parts = self.check(block)
-            attention, mlp = self.check(parts["self_attention"]), self.check(parts["mlp"])
-            require(not (block.residual_after_norm or parts["dropout"].training))
-            require(head_shape(parts["self_attention"]) == shape and not parts["self_attention"].interleaved)
-            for other in (parts["input_layernorm"], parts["post_attention_layernorm"]):
-                self.check(other)
-                require(other.eps == eps)
-                call.numbers.append(call.address(other._parameters["weight"], (C,), norm_dtype))
-            for parent, name, size in (
-                (attention, "query_key_value", (C, (H + 2 * G) * D)),
-                (attention, "dense", (H * D, C)),
-                (mlp, "dense_h_to_4h", (C, 2 * inner)),
-                (mlp, "dense_4h_to_h", (inner, C)),
-            ):
-                self.check(parent[name])
-                call.add_linear(parent[name], *size)
-            require(layer.keys.shape == layer.values.shape == (B, G, seen, D))
-            call.add_buffers(layer.reserve(T, x.dtype))
+    def compute(self, blocks, x, rotary, mask, layers):
+        (B, T, C), arguments, first = x.shape, BlockArguments(x), None
+        for i, block in enumerate(blocks):
+            attention, norms, linears = self.parts(block, i)
+            shape = attention.num_heads, attention.num_groups, attention.head_dim, attention.scaling
+            shape += linears[-1].in_features, norms[0].eps, getattr(norms[0]._parameters.get("weight"), "dtype", None)
+            first = first or shape
+            require(shape == first and norms[1].eps == norms[0].eps)
+            H, G, D, scaling, inner, eps, norm_dtype = shape
+            for norm in norms:
+                arguments.add(norm._parameters.get("weight"), (C,), norm_dtype)
+            sizes = (C, (H + 2 * G) * D), (H * D, C), (C, 2 * inner), (inner, C)
+            for linear, size in zip(linears, sizes):
+                arguments.add_linear(linear, *size)
+            arguments.numbers += [0] * 8  # the cache's
+        require(norm_dtype in TYPES and D % 16 == 0 and all(angles.device == x.device for angles in rotary))
+        require(all(angles.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4)) for angles in rotary))
+        seen, threads = layers[0].keys.shape[2], arguments.threads
+        require(all(layer.keys.shape == layer.values.shape == (B, G, seen, D) for layer in layers))
+        for i, layer in enumerate(layers):
+            arguments.set_buffers(i, len(layers), layer.reserve(T, x.dtype))
 
         stretches, each, floats = attention_scratch(B, T, seen + T, H, G, D, threads)
         work = x.new_empty(B * T * (2 * C + 3 * (H + 2 * G) * D + 3 * inner))
-        scratch = torch.empty(max(call.scratch, 4 * floats), dtype=torch.int8, device="cpu")
+        scratch = torch.empty(max(arguments.scratch, 4 * floats), dtype=torch.int8, device="cpu")
         y, (cos, sin) = x.clone(memory_format=torch.contiguous_format), map(Tensor.contiguous, rotary)
-        masked = [0, 0, 0]
+        mask = None if mask is None else with_dense_rows(mask.expand(B, 1, T, seen + T))
+        multiply, multiply_float32 = quantized_products()
+        step = Step(
+            blocks=len(blocks), batch=B, tokens=T, seen=seen, heads=H, groups=G, size=D, hidden=C, inner=inner,
+            type=TYPES[x.dtype], norm_type=TYPES[norm_dtype], threads=threads,
+            cosine=cos.data_ptr(), sine=sin.data_ptr(), period=cos.shape[0] * T,
+            stretches=stretches, attention_scratch=each,
+            x=y.data_ptr(), work=work.data_ptr(), scratch=scratch.data_ptr(),
+            multiply=multiply, multiply_float32=multiply_float32,
+            eps=eps, scale=scaling * math.log2(math.e),
+        )  # fmt: skip
         if mask is not None:
-            mask = with_dense_rows(mask.expand(B, 1, T, seen + T))
-            masked = [mask.data_ptr(), mask.stride(0), mask.stride(2)]
-        numbers = array("q", call.numbers)
-        step = [len(blocks), B, T, seen, H, G, D, C, inner, TYPES[x.dtype], TYPES[norm_dtype], threads]
-        step += [cos.data_ptr(), sin.data_ptr(), cos.shape[0] * T, *masked, stretches, each]
-        step = array("q", step + [t.data_ptr() for t in (y, work, scratch)] + quantized_products())
-        addresses = (a.buffer_info()[0] for a in (numbers, step))
-        load_floats()[0].blocks(*addresses, eps, scaling * math.log2(math.e))
+            step.mask, step.mask_batch, step.mask_token = mask.data_ptr(), mask.stride(0), mask.stride(2)
+        numbers = array("q", arguments.numbers)
+        load_floats()[0].blocks(numbers.buffer_info()[0], ctypes.addressof(step))
+        require(not step.overflow)
         return y
 
+    def parts(self, block: nn.Module, i: int) -> Tuple[nn.Module, Sequence[nn.Module], Sequence[nn.Module]]:
+        """The attention, the norms and the linear layers of block i, which has to compute what the C code does."""
+        parts = self.check(block)
+        attention, norms = parts["self_attention"], (parts["input_layernorm"], parts["post_attention_layernorm"])
+        attention_parts, mlp_parts = self.check(attention), self.check(parts["mlp"])
+        linears = [attention_parts["query_key_value"], attention_parts["dense"]]
+        linears += [mlp_parts["dense_h_to_4h"], mlp_parts["dense_4h_to_h"]]
+        for part in (*norms, *linears):
+            self.check(part)
+        require(not (block.residual_after_norm or parts["dropout"].training or "add" in vars(block)))
+        require(attention.layer_idx == i and not attention.interleaved)
+        return attention, norms, linears
+
     def check(self, module: nn.Module) -> Dict[str, nn.Module]:
-        """Require that the module computes what the C code does; return its parts."""
-        kind = type(module)
-        require(kind.forward is self.forwards.get(kind) and not has_forward_hooks(module))
+        """The module's own modules, if it is of a known class and calling it does what its class says."""
+        require(type(module) in self.methods and not changes_forward(module))
         return module._modules
 
 
-def head_shape(attention: nn.Module) -> Tuple[int, int, int, float]:
-    return attention.num_heads, attention.num_groups, attention.head_dim, attention.scaling
-
-
 @functools.lru_cache(None)
-def quantized_products() -> List[int]:
-    """Addresses of the C functions for quantized weights, if they were compiled."""
+def quantized_products() -> Sequence[int]:
+    """Addresses of the C functions for quantized weights, 0 if they were not compiled."""
     library, _ = load_quantized()
     functions = (library.linear, library.linear_float32) if library else ()
-    return [ctypes.cast(function, ctypes.c_void_p).value for function in functions] or [0, 0]
+    return [ctypes.cast(function, ctypes.c_void_p).value for function in functions] or (0, 0)
 
 
-class Call:
-    """The numbers that describe blocks to the C code, its structs `block` one after another, for inputs like x."""
+class BlockArguments:
+    """What the C code has to know of each block, its structs `block` as numbers, for inputs like x."""
 
     def __init__(self, x: Tensor):
         self.x, self.tokens, self.threads = x, x.shape[0] * x.shape[1], torch.get_num_threads()
         self.numbers: List[int] = []
-        self.scratch = 0  # bytes
-        self.held: List[Tensor] = []  # another thread may replace the parameters of a layer meanwhile
+        self.scratch = 0  # bytes that the products need
+        self.held: List[Tensor] = []  # another thread may replace the parameters of a quantized layer meanwhile
 
-    def address(self, tensor: Optional[Tensor], shape: Tuple[int, ...], dtype: torch.dtype) -> int:
-        """Where a tensor's numbers are, or 0 for None."""
-        if tensor is None:
-            return 0
-        require(is_plain(tensor, self.x.device) and tensor.shape == shape and tensor.dtype == dtype)
-        require(tensor.is_contiguous())
+    def add(self, tensor: Optional[Tensor], shape: Tuple[int, ...], dtype: Optional[torch.dtype]) -> None:
+        """The data pointer of a tensor, which has to be a dense one of this shape and dtype."""
+        require(tensor is not None and is_plain(tensor, self.x.device) and tensor.is_contiguous())
+        require(tensor.shape == shape and tensor.dtype == dtype)
         self.held.append(tensor)
-        return tensor.data_ptr()
+        self.numbers.append(tensor.data_ptr())
 
     def add_linear(self, layer: nn.Module, k: int, out: int) -> None:
         """A linear layer with k inputs, a struct `matrix`."""
-        parameters, dtype, n = layer._parameters, self.x.dtype, self.tokens
-        scale, bias = parameters.get("weight_scale"), parameters.get("bias")
-        if scale is None:
+        weights, n, dtype = getattr(layer, "_weights", None), self.tokens, self.x.dtype  # read once: see `Weights`
+        parameters = layer._parameters
+        if weights is None:
             require(n <= most_rows(dtype))
-            self.numbers += [self.address(parameters["weight"], (out, k), dtype), 0, self.address(bias, (out,), dtype)]
-            self.numbers += [k, out, 0, 0, 0, 0]
-            self.scratch = max(self.scratch, 4 * linear_scratch(n, k))
-            return
-        require(layer._weights.parameters is parameters and layer._weights.layout == "cpu" and scale.dtype in TYPES)
-        weight = self.address(parameters["weight"], layout_shape(out, k, layer.bits), torch.int8)
-        groups, group = groups_of(scale, k)
-        self.numbers += [weight, self.address(scale, scale.shape, scale.dtype), self.address(bias, (out,), scale.dtype)]
-        self.numbers += [k, out, groups, group, layer.bits, TYPES[scale.dtype]]
-        padded = 4 * -(-n // 8) * 8 * -(-k // GROUP) * GROUP if dtype == torch.float32 else 0
-        self.scratch = max(self.scratch, padded + scratch_bytes(n, k, groups, group, self.threads))
+            self.add(parameters.get("weight"), (out, k), dtype)
+            self.numbers.append(0)
+            rest, needed, kind = (0, 0, 0, 0), 4 * linear_scratch(n, k), dtype
+        else:
+            scale = parameters.get("weight_scale")
+            require(weights.parameters is parameters and weights.layout == "cpu" and scale is not None)
+            self.add(parameters.get("weight"), layout_shape(out, k, layer.bits), torch.int8)
+            kind, size = scale.dtype, layer.group_size
+            require(kind in TYPES)
+            self.add(scale, (out,) if size is None else (out, k // size), kind)
+            groups, group = groups_of(scale, k)
+            rest, needed = (groups, group, layer.bits, TYPES[kind]), scratch_bytes(n, k, groups, group, self.threads)
+            if dtype == torch.float32:
+                needed += 4 * math.prod(padded_inputs(n, k))
+        bias = parameters.get("bias")
+        if bias is None:
+            self.numbers.append(0)
+        else:
+            self.add(bias, (out,), kind)
+        self.numbers += [k, out, *rest]
+        self.scratch = max(self.scratch, needed)
 
-    def add_buffers(self, buffers: Sequence[Tensor]) -> None:
-        """Where the cache holds keys and values, and their strides in bytes."""
+    def set_buffers(self, i: int, blocks: int, buffers: Sequence[Tensor]) -> None:
+        """Where the cache holds keys and values of block i, and their strides in bytes."""
         for buffer in buffers:
             require(buffer.dtype == self.x.dtype and buffer.device == self.x.device and buffer.stride(-1) == 1)
-            self.numbers.append(buffer.data_ptr())
-        size = self.x.element_size()
-        self.numbers += [stride * size for buffer in buffers for stride in buffer.stride()[:3]]
+        end, size = (i + 1) * len(self.numbers) // blocks, self.x.element_size()
+        strides = [stride * size for buffer in buffers for stride in buffer.stride()[:3]]
+        self.numbers[end - 8 : end] = [*(buffer.data_ptr() for buffer in buffers), *strides]

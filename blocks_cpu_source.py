@@ -30,23 +30,28 @@ typedef struct {
   char *x, *work, *scratch;
   quantized *multiply;
   quantized_float32 *multiply_float32;
+  long overflow;  // set by a quantized product of floats that exceeded float32: on the way, perhaps
+  float eps, scale;
 } step;
 
 /* y[n][out] = x[n][in] times a layer's weight, plus its bias. */
-static void product(const matrix *m, const char *x, char *y, const step *s) {
+static void product(const matrix *m, const char *x, char *y, step *s) {
   const long n = s->batch * s->tokens;
   if (!m->bits)
     linear(x, m->weight, m->bias, y, (float *)s->scratch, n, m->in, m->out, s->type, s->threads);
   else if (s->type != FLOAT32)
     s->multiply(x, y, (const uint8_t *)m->weight, m->scale, m->bias, s->scratch, n, m->in, m->out, m->groups, m->group,
                 m->bits, s->type, m->scale_type, s->threads);
-  else {  // it reads whole groups of 128 inputs, and whole tiles of tokens
-    const long padded = (m->in + 127) / 128 * 128, rows = (n + 7) / 8 * 8;
+  else {  // it reads whole groups of 128 inputs and whole tiles of 8 tokens: `padded_inputs` in quantization_cpu
+    const long padded = (m->in + 127) / 128 * 128, rows = n > 2 ? (n + 7) / 8 * 8 : n;
     float *inputs = (float *)s->scratch;
     memset(inputs, 0, rows * padded * sizeof *inputs);
     for (long t = 0; t < n; t++) memcpy(inputs + t * padded, x + t * m->in * 4, m->in * 4);
     s->multiply_float32(inputs, (float *)y, (const uint8_t *)m->weight, m->scale, m->bias, inputs + rows * padded, n,
                         m->in, m->out, m->groups, m->bits, m->scale_type, s->threads);
+    float sum = 0;  // nan if a number is not finite
+    for (long i = 0; i < n * m->out; i++) sum += ((float *)y)[i] * 0;
+    s->overflow |= sum != 0;
   }
 }
 
@@ -105,8 +110,9 @@ static void to_cache(const char *from, long from_token, char *to, long batch, lo
 }
 
 /* x[batch][tokens][hidden] = the last block's output, in place. Each block's keys and values go to the cache's slots
-   behind `seen`. work: for each token hidden, heads + 2 groups of size, twice that, hidden, 3 inner. */
-void blocks(const block *blocks, const step *s, float eps, float scale) {
+   behind `seen`. work: for each token twice hidden, three times heads + 2 groups of size, three times inner. It stops
+   after an overflow. */
+void blocks(const block *blocks, step *s) {
   const long n = s->batch * s->tokens, bytes = size_of(s->type), head = s->size * bytes, all = s->heads + s->groups;
   const long qkv = (all + s->groups) * head;  // of a token
   const int type = s->type, threads = s->threads;
@@ -118,18 +124,18 @@ void blocks(const block *blocks, const step *s, float eps, float scale) {
   a.mask_batch = s->mask_batch, a.mask_token = s->mask_token, a.causal = !s->mask && s->tokens > 1;
   a.q_type = a.k_type = a.v_type = type;
   a.stretches = s->stretches, a.threads = threads, a.scratch = s->attention_scratch;
-  for (const block *b = blocks; b < blocks + s->blocks; b++) {
-    rms_norm(x, b->input_norm, normed, n, s->hidden, eps, type, s->norm_type, threads);
+  for (const block *b = blocks; b < blocks + s->blocks && !s->overflow; b++) {
+    rms_norm(x, b->input_norm, normed, n, s->hidden, s->eps, type, s->norm_type, threads);
     product(&b->query_key_value, normed, mixed, s);
     rotate(mixed, s->cosine, s->sine, rotated, n, all, s->size, s->period, qkv, type, threads);
     to_cache(rotated + s->heads * head, all * head, b->keys, b->k_batch, b->k_group, b->k_token, s);
     to_cache(mixed + all * head, qkv, b->values, b->v_batch, b->v_group, b->v_token, s);
     a.k_batch = b->k_batch, a.k_group = b->k_group, a.k_token = b->k_token;
     a.v_batch = b->v_batch, a.v_group = b->v_group, a.v_token = b->v_token;
-    attention(rotated, b->keys, b->values, s->mask, attended, (float *)s->scratch, scale, &a);
+    attention(rotated, b->keys, b->values, s->mask, attended, (float *)s->scratch, s->scale, &a);
     product(&b->dense, attended, update, s);
     add_to(x, update, n * s->hidden, type);
-    rms_norm(x, b->attention_norm, normed, n, s->hidden, eps, type, s->norm_type, threads);
+    rms_norm(x, b->attention_norm, normed, n, s->hidden, s->eps, type, s->norm_type, threads);
     product(&b->gate_up, normed, wide, s);
     gated(wide, narrow, n, s->inner, type, threads);
     product(&b->down, narrow, update, s);

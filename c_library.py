@@ -172,8 +172,8 @@ def build(
         with open(code, "wb") as file:
             file.write(text)
         # Not linked against an OpenMP runtime: the symbols resolve to the one that torch has loaded.
-        for options in ([*flags, "-c", code, "-o", object_file], ["-shared", object_file, "-o", library]):
-            run([*compiler, *options], folder)
+        run([*compiler, *flags, "-c", code, "-o", object_file], folder)
+        run([*compiler, "-shared", "-Wl,-Bsymbolic", object_file, "-o", library], folder)  # its own functions first
         if not os.path.exists(library):
             raise OSError(f"{compiler[0]!r} wrote no library: set CC to a C compiler")
         os.chmod(library, 0o700)

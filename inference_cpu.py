@@ -27,7 +27,7 @@ FUNCTIONS = {  # of the C library, with their arguments
     "rotate": [ADDRESS] * 4 + [LONG] * 5 + [INT] * 2,
     "linear": [ADDRESS] * 5 + [LONG] * 3 + [INT] * 2,
     "gated": [ADDRESS] * 2 + [LONG] * 2 + [INT] * 2,
-    "blocks": [ADDRESS] * 2 + [FLOAT] * 2,  # see blocks_cpu
+    "blocks": [ADDRESS] * 2,  # see blocks_cpu
 }
 MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
 MOST_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 4}  # that C was measured to multiply faster
@@ -64,8 +64,9 @@ def in_c(kernel, fits):
 
 
 def is_plain(weight: Tensor, device: torch.device) -> bool:
-    """Whether a weight is no subclass of a tensor, such as a sharded one, and on this device."""
-    return type(weight) in (Tensor, torch.nn.Parameter) and weight.device == device
+    """Whether a weight is on this device, not sparse, and not of a subclass, such as a sharded tensor."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.device == device
+    return plain and weight.layout == torch.strided
 
 
 def c_rms_norm(x: Tensor, shape, weight: Tensor, eps: float) -> Tensor:
@@ -145,7 +146,7 @@ def most_rows(dtype: torch.dtype) -> int:
 @functools.partial(in_c, c_linear)
 def linear_in_c(x, weight, bias):
     for t in (weight,) if bias is None else (weight, bias):
-        if not is_plain(t, x.device) or t.layout != torch.strided or not t.is_contiguous() or t.dtype != x.dtype:
+        if not is_plain(t, x.device) or not t.is_contiguous() or t.dtype != x.dtype:
             return False
     fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
     return fits and x.numel() <= most_rows(x.dtype) * x.shape[-1] and autocast_dtype("cpu") is None

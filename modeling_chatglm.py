@@ -227,7 +227,7 @@ class Embedding(nn.Module):
             ) from error
 
 
-blocks_in_c = BlocksInC(GLMBlock, SelfAttention, MLP, RMSNorm, Linear)
+blocks_in_c = BlocksInC(globals(), GLMBlock, SelfAttention, MLP, RMSNorm, Linear)
 
 
 class GLMTransformer(nn.Module):
@@ -246,7 +246,7 @@ class GLMTransformer(nn.Module):
         if not (output_hidden_states or prefix or self.fp32_residual or kwargs):
             y = blocks_in_c(self.layers, x, rotary, attention_mask, attend, cache)  # a few tokens on a CPU, in one call
             if y is not None:
-                return self.final_layernorm(y), None, None
+                return self.final_layernorm(y).to(x.dtype), None, None
         dtype, hidden_states, attentions = x.dtype, (), ()
         x = x.float() if self.fp32_residual else x
         for i, block in enumerate(self.layers):

@@ -147,11 +147,17 @@ def _linear(x, weight, weight_scale, bias, bits):
     scratch = torch.empty(scratch_bytes(n, k, groups, group, threads), dtype=torch.int8, device="cpu")
     types = TYPES[x.dtype], TYPES[weight_scale.dtype], threads
     if x.dtype == torch.float32:
-        x = F.pad(x, (0, -k % GROUP, 0, -n % 8 if n > 2 else 0)).contiguous()
+        rows, columns = padded_inputs(n, k)
+        x = F.pad(x, (0, columns - k, 0, rows - n)).contiguous()
         _call("linear_float32", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, bits, *types[1:])
     else:
         _call("linear", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, group, bits, *types)
     return y
+
+
+def padded_inputs(n: int, k: int) -> Tuple[int, int]:
+    """The shape in which `linear_float32` reads n tokens of k inputs."""
+    return n if n <= 2 else _padded(n, 8), _padded(k, GROUP)
 
 
 def groups_of(weight_scale: Tensor, k: int) -> Tuple[int, int]:

@@ -62,12 +62,16 @@ def needs_dispatch(x):
     )
 
 
-has_global_hooks = torch.nn.modules.module._has_any_global_hook
+def has_global_hooks():
+    """Whether hooks are registered for the forward of all modules."""
+    module = torch.nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
-def has_forward_hooks(module):
-    """Whether calling the module does more than its class's `forward`: hooks of its own, or a `forward` of its own."""
-    return module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+def changes_forward(module):
+    """Whether calling the module does something else than its class's `forward`: hooks, compile(), or its own."""
+    own = module.__dict__
+    return module._forward_hooks or module._forward_pre_hooks or "forward" in own or own.get("_compiled_call_impl")
 
 
 @contextlib.contextmanager

@@ -29,18 +29,23 @@ def arguments(parser):
     parser.add_argument("--small-head", action="store_true", help="the embedding and the output layer in int8 too")
 
 
-def prepared(layer, x, held):
-    """A call of the C product of a quantized layer with one token; what it writes to is added to `held`."""
+def prepared(layer, x):
+    """A call of the C product of a quantized layer with one token."""
     from chatglm2 import quantization_cpu
 
     k, out, threads = layer.in_features, layer.out_features, torch.get_num_threads()
     groups, group = quantization_cpu.groups_of(layer.weight_scale, k)
     scratch = torch.empty(quantization_cpu.scratch_bytes(1, k, groups, group, threads), dtype=torch.int8)
-    held += [x, x.new_empty(out), layer.weight, layer.weight_scale, layer.bias, scratch]
-    addresses = (None if tensor is None else tensor.data_ptr() for tensor in held[-6:])
+    tensors = x, x.new_empty(out), layer.weight, layer.weight_scale, layer.bias, scratch
     types = (quantization_cpu.TYPES[t.dtype] for t in (x, layer.weight_scale))
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    arguments = *addresses, 1, k, out, groups, group, layer.bits, *types, threads
     function = quantization_cpu.load_library()[0].linear
-    return partial(function, *addresses, 1, k, out, groups, group, layer.bits, *types, threads)
+
+    def call(held=tensors):  # as long as their addresses are used
+        function(*arguments)
+
+    return call
 
 
 def bare_work(model, cache):
@@ -57,13 +62,13 @@ def bare_work(model, cache):
     with torch.no_grad():
         attend = choose_attention(config, query, None)
     name = quantization.choose("auto", device)
-    kernel, held, products = quantization.family(name), [], []
+    kernel, products = quantization.family(name), []
     for layer in linears:
         x = inputs[layer.in_features]
         if not isinstance(layer, quantization.QuantizedLinear):
             products.append(partial(layer, x))
         elif name == "cpu" and model.dtype != torch.float32:
-            products.append(prepared(layer, x[0], held))
+            products.append(prepared(layer, x[0]))
         else:
             multiply = kernel.layout.linear if layer._weights.layout else kernel.linear
             products.append(partial(multiply, x[0], layer.weight, layer.weight_scale, layer.bias, layer.bits))
@@ -74,7 +79,6 @@ def bare_work(model, cache):
             product()
         for layer in cache.layers:
             attend(None, query, layer.keys, layer.values, None, scaling=config.kv_channels**-0.5)
-        return held  # until here, the calls write to it
 
     return work
 
