@@ -373,8 +373,10 @@ def quality(say, processor):
 
 
 def perplexity(say, processor):
-    """A row for each kind of quantization, with the figures of all models side by side."""
+    """A row for each kind of quantization, with the figures of the models measured on the most tokens side by side."""
     records = newest(processor, "perplexity", "model")[::-1]
+    most = max((record["settings"]["tokens"] for record in records), default=0)
+    records = [record for record in records if record["settings"]["tokens"] == most]
     rows = {}
     for record in records:
         plain, ours = ({row["weights"]: row for row in record["rows"]}[name] for name in ("int4", "float"))
