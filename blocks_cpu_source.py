@@ -9,6 +9,8 @@ typedef void quantized(const void *, void *, const uint8_t *, const void *, cons
 typedef void quantized_float32(const float *, float *, const uint8_t *, const void *, const void *, float *, long, long,
                                long, long, int, int, int);
 
+typedef uint32_t word __attribute__((may_alias));
+
 typedef struct {  // a linear layer; bits: 0 for floats
   const char *weight, *scale, *bias;
   long in, out, groups, group, bits, scale_type;
@@ -49,9 +51,10 @@ static void product(const matrix *m, const char *x, char *y, step *s) {
     for (long t = 0; t < n; t++) memcpy(inputs + t * padded, x + t * m->in * 4, m->in * 4);
     s->multiply_float32(inputs, (float *)y, (const uint8_t *)m->weight, m->scale, m->bias, inputs + rows * padded, n,
                         m->in, m->out, m->groups, m->bits, m->scale_type, s->threads);
-    float sum = 0;  // nan if a number is not finite
-    for (long i = 0; i < n * m->out; i++) sum += ((float *)y)[i] * 0;
-    s->overflow |= sum != 0;
+    const word *bits = (const word *)y;
+    word infinite = 0;  // or nan
+    for (long i = 0; i < n * m->out; i++) infinite |= (bits[i] & 0x7f800000) == 0x7f800000;
+    s->overflow |= infinite;
   }
 }
 
