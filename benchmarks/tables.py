@@ -348,6 +348,20 @@ def timed(figures, ratios, name):
     return f"{figures[name]} ({ratios[name]}x)" if name in figures else ""
 
 
+def against_vllm(say, processor):
+    """Tokens/s of each task, with the most layers that were timed."""
+    records = newest(processor, "against_vllm", "bits", "layers")
+    most = max((record["settings"]["layers"] for record in records), default=0)
+    records = [record for record in records if record["settings"]["layers"] == most]
+    tasks = {"decode": "one sequence", "batch": "eight sequences", "prefill": "prompt of 512"}
+    rows = []
+    for record in records:
+        for row in record["rows"]:
+            cells = [row["ours"], f"{row['vllm']} ({row['ratio']}x)"]
+            rows.append([f"{weights(record['settings'])}, {most} layers", say(tasks[row["task"]]), *cells])
+    return table(["weights", "tokens/s", "this package", "vLLM"], rows, records, "against_vllm", say)
+
+
 def loading(say, processor):
     records = newest(processor, "loading")
     rows = rows_of(records, "bits", "peak_gb", "peak_with_a_forward_gb", "model_gb")
@@ -617,6 +631,7 @@ MAKERS = (
     quantized,
     errors,
     context,
+    against_vllm,
     loading,
     footprint,
     starting,
@@ -637,7 +652,7 @@ def arguments(parser):
 def pages():
     """{page: its text with the newest tables}."""
     texts = {}
-    for name in ("README.md", "README_zh.md", "docs/performance.md", "docs/quantization.md"):
+    for name in ("README.md", "README_zh.md", "docs/performance.md", "docs/quantization.md", "docs/serving.md"):
         path, words = ROOT / name, CHINESE if name.endswith("_zh.md") else {}
         text = path.read_text(encoding="utf-8")
         for make in MAKERS:
