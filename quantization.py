@@ -387,7 +387,8 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
 def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, skip=(), embedding: bool = False,
              output_layer: bool = False, backend: Optional[str] = None, empty_init: bool = False,
-             device=None, scale: str = "max", calibration=None, tokenizer=None) -> nn.Module:  # fmt: skip
+             device=None, scale: str = "max", calibration=None, tokenizer=None,
+             progress: Optional[str] = None) -> nn.Module:  # fmt: skip
     """Replace the four linear layers of every block with int8 or int4 ones, in place, and return the model.
 
     Args:
@@ -403,6 +404,7 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
         calibration: a few hundred samples, each a text, messages or token ids, on which the layers of the blocks keep
             their outputs as well as the format allows (quantization_calibration.py). It takes longer than rounding.
         tokenizer: for texts and messages.
+        progress: a folder that keeps each calibrated layer, so that the same call goes on after it was stopped.
 
     Layers are replaced one by one, so peak memory is the model and one layer. All of them are checked first: a
     ValueError leaves the model unchanged. Layers that are quantized already keep their weights; it is a ValueError if
@@ -446,7 +448,7 @@ def quantize(model: nn.Module, bits: int, *, group_size: Optional[int] = None, s
         calibrated = {name: chosen.pop(name) for name in list(chosen) if samples and name.rpartition(".")[2] in LAYERS}
         for name, options in progress_bar(chosen.items(), f"Quantizing to int{bits}"):
             _replace(model, name, *options, backend or "auto", empty_init, scale)
-        for name, rounded in calibrate(model, calibrated, samples):
+        for name, rounded in calibrate(model, calibrated, samples, progress):
             _replace(model, name, *calibrated[name], backend or "auto", rounded=rounded)
     finally:  # if interrupted, the config describes the layers that are quantized by then
         if getattr(model, "config", None) is not None:

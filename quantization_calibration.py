@@ -13,6 +13,8 @@ inputs X that given texts cause, |X W^T - X Q^T|^2 = tr((W - Q) H (W - Q)^T) wit
 up for the errors before it, too. Memory: the model, one block in float32, its inputs, and four matrices like H.
 """
 
+import hashlib
+import os
 import re
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Dict, Iterator, List, Optional, Tuple
@@ -235,12 +237,52 @@ def _inputs_of(block: nn.Module, model: nn.Module, samples: List[Tensor], tick) 
     return calls
 
 
+class Progress:
+    """The layers that are done, in a folder, for a calibration that was stopped. Without a folder it keeps nothing.
+
+    A layer's file has a name by what its values depend on: the samples, its weight and format, and those before it.
+    """
+
+    def __init__(self, folder: Optional[str], samples: List[Tensor]):
+        self.folder, self.key = folder, hashlib.sha256()
+        if folder is not None:
+            os.makedirs(folder, exist_ok=True)
+            for sample in samples:
+                self._add(sample)
+
+    def _add(self, tensor: Tensor) -> None:
+        data = tensor.detach().cpu().contiguous()
+        self.key.update(f"{data.dtype} {list(data.shape)} ".encode())
+        self.key.update(data.view(torch.uint8).numpy())
+
+    def path(self, weight: Tensor, bits: int, group_size: Optional[int]) -> Optional[str]:
+        """The file of the next layer, which has this float weight."""
+        if self.folder is None:
+            return None
+        self._add(weight)
+        self.key.update(f"int{bits} {group_size} ".encode())
+        return os.path.join(self.folder, f"{self.key.hexdigest()}.pt")
+
+    @staticmethod
+    def read(path: Optional[str], device: torch.device) -> Optional[Tuple[Tensor, Tensor]]:
+        if path is None or not os.path.exists(path):
+            return None
+        return tuple(torch.load(path, map_location=device, weights_only=True))
+
+    @staticmethod
+    def write(path: Optional[str], rounded: Tuple[Tensor, Tensor]) -> None:
+        if path is not None:
+            torch.save([tensor.cpu() for tensor in rounded], f"{path}.part")
+            os.replace(f"{path}.part", path)
+
+
 def calibrate(
-    model: nn.Module, chosen: Dict[str, Tuple[int, Optional[int]]], samples: List[Tensor]
+    model: nn.Module, chosen: Dict[str, Tuple[int, Optional[int]]], samples: List[Tensor], folder: Optional[str] = None
 ) -> Iterator[Tuple[str, Tuple[Tensor, Tensor]]]:
     """Yield (name, (packed weight, scale)) for each layer {name: (bits, group_size)}, a block at a time, in order.
 
-    Once a block's layers are yielded, they may be replaced. Raises ValueError if a layer's inputs are not finite.
+    What is done is kept in `folder`, and read from it. Once a block's layers are yielded, they may be replaced. Raises
+    ValueError if a layer's inputs are not finite.
     """
     if not chosen:
         return
@@ -253,7 +295,8 @@ def calibrate(
     modes = {name: module.training for name, module in model.named_modules()}
     try:
         model.eval()
-        yield from _calibrate(model, blocks, chosen, samples, lambda: next(ticks, None))
+        progress = Progress(folder, samples)
+        yield from _calibrate(model, blocks, chosen, samples, progress, lambda: next(ticks, None))
     finally:
         for name, module in model.named_modules():  # the quantized layers, too
             module.training = modes.get(name, module.training)
@@ -264,7 +307,7 @@ def _steps(layer: nn.Linear) -> int:
     return -(-layer.weight.shape[1] // BLOCK) * (1 + SWEEPS)
 
 
-def _calibrate(model, blocks, chosen, samples, tick):
+def _calibrate(model, blocks, chosen, samples, progress, tick):
     prefix, _, first = next(iter(blocks)).rpartition(".")
     last = int(list(blocks)[-1].rpartition(".")[2])
     calls = None
@@ -278,7 +321,15 @@ def _calibrate(model, blocks, chosen, samples, tick):
             for name, layer in layers.items():
                 stack.enter_context(_attribute(layer, "forward", linears[name]))
             for name, layer in layers.items():
-                rounded[name] = _round(name, layer, linears[name], block, calls, *chosen[name], tick)
+                path = progress.path(layer.weight, *chosen[name])
+                rounded[name] = progress.read(path, layer.weight.device)
+                if rounded[name] is None:
+                    rounded[name] = _round(name, layer, linears[name], block, calls, *chosen[name], tick)
+                    progress.write(path, rounded[name])
+                else:
+                    for _ in range(len(calls) + _steps(layer)):
+                        tick()
+                linears[name].weight = dequantize_weight(*rounded[name], chosen[name][0], torch.float32)
             if i < last:
                 _advance(block, calls, tick)
         del linears
@@ -296,7 +347,7 @@ def _advance(block, calls, tick):
 
 @torch.no_grad()
 def _round(name, layer, linear, block, calls, bits, group_size, tick):
-    """(packed weight, scale) of one layer of `block`, whose stand-in `linear` computes with it from then on."""
+    """(packed weight, scale) of one layer of `block`, for the inputs that its stand-in `linear` gets."""
     size = linear.weight.shape[1]
     linear.moments = linear.weight.new_zeros(size, size)
     for args, kwargs in calls:
@@ -306,6 +357,4 @@ def _round(name, layer, linear, block, calls, bits, group_size, tick):
     moments, linear.moments = linear.moments, None
     if not moments.isfinite().all():
         raise ValueError(f"{name}: its inputs are nan or inf on these samples: try the model in float32 or bfloat16")
-    weight, scale = round_calibrated(layer.weight.detach(), moments, bits, group_size, tick)
-    linear.weight = dequantize_weight(weight, scale, bits, torch.float32)
-    return weight, scale
+    return round_calibrated(layer.weight.detach(), moments, bits, group_size, tick)

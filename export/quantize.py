@@ -6,7 +6,8 @@
 
 By default each weight is rounded to the nearest value, as the released int4 was made, one at a time while they load.
 With --calibration the float model is in memory, and its layers keep what they compute on samples of that file: .jsonl
-with {"messages": [{"role": ..., "content": ...}, ...]} a line, or any other text.
+with {"messages": [{"role": ..., "content": ...}, ...]} a line, or any other text. It takes hours on a CPU: if it is
+stopped, the same command goes on from the folder TARGET.progress.
 """
 
 import argparse
@@ -27,13 +28,14 @@ with importing():
     from transformers.utils import logging
 
 
-def check_room(config, dtype, bits, target):
-    """Raise OSError if the disk has no room for `target`, the model of this config in int4 or int8."""
+def check_room(config, dtype, bits, target, copies=1):
+    """Raise OSError if the disk has no room for `target`, the model of this config in int4 or int8, so many times."""
     config = type(config)(**{**config.to_dict(), "quantization_bit": bits})
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config).to(dtype)
     folder = next(path for path in Path(target).resolve().parents if path.is_dir())
-    needed, free = sum(tensor.nbytes for tensor in model.parameters()), shutil.disk_usage(folder).free
+    needed = copies * sum(tensor.nbytes for tensor in model.parameters())
+    free = shutil.disk_usage(folder).free
     if free < 1.01 * needed:
         raise OSError(
             f"{folder} has {free / 1e9:.1f} GB left, but the files take {needed / 1e9:.1f} GB: make room there"
@@ -56,14 +58,17 @@ def export(source, target, bits=4, scale="max", calibration=None, samples=128, d
     options = {"scale": scale}
     if calibration is not None:
         options = {"calibration": read_samples(calibration, tokenizer, samples), "tokenizer": tokenizer}
+        options["progress"] = f"{Path(target).resolve()}.progress"
     dtype = as_dtype(getattr(config, DTYPE, None)) or torch.float16
-    check_room(config, dtype, bits, target)
+    check_room(config, dtype, bits, target, copies=1 if calibration is None else 2)
     if options == {"scale": "max"}:
         model = load_model(source, dtype, bits)
     else:
         model = load_model(source, dtype).to(device).quantize(bits, **options)
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     save(model, tokenizer, target)
+    if calibration is not None:
+        shutil.rmtree(options["progress"])
 
 
 def main(arguments=None):
@@ -87,6 +92,8 @@ def main(arguments=None):
                choose_device(args.device))  # fmt: skip
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped." + " The same command goes on from here." * bool(args.calibration)) from None
     size = sum(path.stat().st_size for path in Path(args.target).glob("*.safetensors"))
     print(f"{args.target}: int{args.bits}, {size / 1e6:,.1f} MB of weights")
 

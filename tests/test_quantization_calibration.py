@@ -153,6 +153,39 @@ def test_result_is_the_released_format(make_model, tmp_path):
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
+def test_a_calibration_that_was_stopped_goes_on(make_model, tmp_path, monkeypatch):
+    """It rounds only what is missing, and gives what one that was never stopped gives."""
+    calls, rounding = [], calibration.round_calibrated
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return rounding(*args)
+
+    monkeypatch.setattr(calibration, "round_calibrated", counted)
+    folder, stop = str(tmp_path / "progress"), None
+    want = make_model().quantize(4, calibration=SAMPLES).state_dict()
+    calls.clear()
+    stop = 7  # in the second of three blocks of four layers
+    with pytest.raises(KeyboardInterrupt):
+        make_model().quantize(4, calibration=SAMPLES, progress=folder)
+    calls.clear()
+    stop = None
+    got = make_model().quantize(4, calibration=SAMPLES, progress=folder).state_dict()
+    assert len(calls) == 12 - 6 and all(torch.equal(got[name], want[name]) for name in want)
+    for options in ({"calibration": SAMPLES[:-1]}, {"calibration": SAMPLES, "group_size": 32}):
+        calls.clear()
+        make_model().quantize(4, progress=folder, **options)
+        assert len(calls) == 12, options
+    calls.clear()
+    make_model(seed=1).quantize(4, calibration=SAMPLES, progress=folder)  # other weights
+    assert len(calls) == 12
+    calls.clear()
+    make_model().half().quantize(4, calibration=SAMPLES, progress=folder)  # another dtype of the weights
+    assert len(calls) == 12
+
+
 def test_calibration_follows_the_other_options(make_model):
     model = make_model()
     first = model.transformer.encoder.layers[0].mlp.dense_h_to_4h
@@ -269,6 +302,7 @@ def test_command_writes_what_the_call_gives(command, text_file, tmp_path, tokeni
         got = stored(target)
         assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
         assert (target / "tokenizer.model").is_file() and (target / "quantization_calibration.py").is_file()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["0", "1", "2"]  # no folder of what is done
 
 
 @pytest.mark.parametrize(
