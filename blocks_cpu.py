@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from .attention_chatglm import cpu_attention
 from .c_library import FLOAT, LONG
-from .inference_cpu import attention_scratch, is_plain, linear_scratch, most_rows, serves, with_dense_rows
+from .inference_cpu import attention_scratch, is_plain, linear_scratch, most_rows, serves, turns, with_dense_rows
 from .inference_cpu import load_library as load_floats
 from .quantization import QuantizedLinear
-from .quantization_cpu import groups_of, layout_shape, padded_inputs, scratch_bytes
+from .quantization_cpu import groups_of, layout_shape, scratch_bytes
 from .quantization_cpu import load_library as load_quantized
 from .quantization_cpu_source import TYPES
 from .torch_compat import autocast_dtype, changes_forward, has_global_hooks
@@ -67,10 +67,12 @@ class BlocksInC:
         rotary: cos, sin (B or 1, T, 1, D / 4), float32. mask: boolean (B or 1, 1, T, S), or None for causal; it and
         `attend` are those of attention_chatglm.
         """
-        layers, tokens = growing_layers(cache), x.shape[1]
+        tokens = x.shape[1]
         try:
-            require(attend is cpu_attention and 0 < len(layers) == len(blocks) and x.shape[0] * tokens <= MOST_TOKENS)
-            require(serves(x) and autocast_dtype("cpu") is None and not has_global_hooks() and self.is_unchanged())
+            require(attend is cpu_attention and x.shape[0] * tokens <= MOST_TOKENS and serves(x))
+            require(autocast_dtype("cpu") is None and not has_global_hooks() and self.is_unchanged())
+            layers = growing_layers(cache)
+            require(0 < len(layers) == len(blocks))
             y = self.compute(blocks, x, rotary, mask, layers)
         except NotServed:
             return None
@@ -96,20 +98,17 @@ class BlocksInC:
             sizes = (C, (H + 2 * G) * D), (H * D, C), (C, 2 * inner), (inner, C)
             for linear, size in zip(linears, sizes):
                 arguments.add_linear(linear, *size)
-            arguments.numbers += [0] * 8  # the cache's
-        require(norm_dtype in TYPES and D % 16 == 0 and all(angles.device == x.device for angles in rotary))
-        require(all(angles.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4)) for angles in rotary))
+        require(norm_dtype in TYPES and all(turns(angles, B, T, D) for angles in rotary))
         seen, threads = layers[0].keys.shape[2], arguments.threads
         require(all(layer.keys.shape == layer.values.shape == (B, G, seen, D) for layer in layers))
-        for i, layer in enumerate(layers):
-            arguments.set_buffers(i, len(layers), layer.reserve(T, x.dtype))
+        slots = [number for layer in layers for number in self.slots(layer.reserve(T, x.dtype, x.dtype), x)]
 
         stretches, each, floats = attention_scratch(B, T, seen + T, H, G, D, threads)
         work = x.new_empty(B * T * (2 * C + 3 * (H + 2 * G) * D + 3 * inner))
         scratch = torch.empty(max(arguments.scratch, 4 * floats), dtype=torch.int8, device="cpu")
         y, (cos, sin) = x.clone(memory_format=torch.contiguous_format), map(Tensor.contiguous, rotary)
         mask = None if mask is None else with_dense_rows(mask.expand(B, 1, T, seen + T))
-        multiply, multiply_float32 = quantized_products()
+        multiply, multiply_float32 = quantized_products() if arguments.quantized else (0, 0)
         step = Step(
             blocks=len(blocks), batch=B, tokens=T, seen=seen, heads=H, groups=G, size=D, hidden=C, inner=inner,
             type=TYPES[x.dtype], norm_type=TYPES[norm_dtype], threads=threads,
@@ -121,8 +120,8 @@ class BlocksInC:
         )  # fmt: skip
         if mask is not None:
             step.mask, step.mask_batch, step.mask_token = mask.data_ptr(), mask.stride(0), mask.stride(2)
-        numbers = array("q", arguments.numbers)
-        load_floats()[0].blocks(numbers.buffer_info()[0], ctypes.addressof(step))
+        numbers, slots = array("q", arguments.numbers), array("q", slots)
+        load_floats()[0].blocks(numbers.buffer_info()[0], slots.buffer_info()[0], ctypes.addressof(step))
         require(not step.overflow)
         return y
 
@@ -139,6 +138,14 @@ class BlocksInC:
         require(attention.layer_idx == i and not attention.interleaved)
         return attention, norms, linears
 
+    @staticmethod
+    def slots(buffers: Sequence[Tensor], x: Tensor) -> List[int]:
+        """Where the cache holds a block's keys and values, and their strides in bytes, a struct `slots`."""
+        for buffer in buffers:
+            require(buffer.dtype == x.dtype and buffer.device == x.device and buffer.stride(-1) == 1)
+        strides = [stride * x.element_size() for buffer in buffers for stride in buffer.stride()[:3]]
+        return [*(buffer.data_ptr() for buffer in buffers), *strides]
+
     def check(self, module: nn.Module) -> Dict[str, nn.Module]:
         """The module's own modules, if it is of a known class and calling it does what its class says."""
         require(type(module) in self.methods and not changes_forward(module))
@@ -147,10 +154,9 @@ class BlocksInC:
 
 @functools.lru_cache(None)
 def quantized_products() -> Sequence[int]:
-    """Addresses of the C functions for quantized weights, 0 if they were not compiled."""
+    """Addresses of the C functions for quantized weights, which are compiled where a weight has their layout."""
     library, _ = load_quantized()
-    functions = (library.linear, library.linear_float32) if library else ()
-    return [ctypes.cast(function, ctypes.c_void_p).value for function in functions] or (0, 0)
+    return [ctypes.cast(function, ctypes.c_void_p).value for function in (library.linear, library.linear_float32)]
 
 
 class BlockArguments:
@@ -159,7 +165,7 @@ class BlockArguments:
     def __init__(self, x: Tensor):
         self.x, self.tokens, self.threads = x, x.shape[0] * x.shape[1], torch.get_num_threads()
         self.numbers: List[int] = []
-        self.scratch = 0  # bytes that the products need
+        self.scratch, self.quantized = 0, False  # bytes that the products need; whether a weight is quantized
         self.held: List[Tensor] = []  # another thread may replace the parameters of a quantized layer meanwhile
 
     def add(self, tensor: Optional[Tensor], shape: Tuple[int, ...], dtype: Optional[torch.dtype]) -> None:
@@ -186,9 +192,11 @@ class BlockArguments:
             require(kind in TYPES)
             self.add(scale, (out,) if size is None else (out, k // size), kind)
             groups, group = groups_of(scale, k)
-            rest, needed = (groups, group, layer.bits, TYPES[kind]), scratch_bytes(n, k, groups, group, self.threads)
-            if dtype == torch.float32:
-                needed += 4 * math.prod(padded_inputs(n, k))
+            rest, needed = (
+                (groups, group, layer.bits, TYPES[kind]),
+                scratch_bytes(n, k, groups, group, self.threads, dtype),
+            )
+            self.quantized = True
         bias = parameters.get("bias")
         if bias is None:
             self.numbers.append(0)
@@ -196,11 +204,3 @@ class BlockArguments:
             self.add(bias, (out,), kind)
         self.numbers += [k, out, *rest]
         self.scratch = max(self.scratch, needed)
-
-    def set_buffers(self, i: int, blocks: int, buffers: Sequence[Tensor]) -> None:
-        """Where the cache holds keys and values of block i, and their strides in bytes."""
-        for buffer in buffers:
-            require(buffer.dtype == self.x.dtype and buffer.device == self.x.device and buffer.stride(-1) == 1)
-        end, size = (i + 1) * len(self.numbers) // blocks, self.x.element_size()
-        strides = [stride * size for buffer in buffers for stride in buffer.stride()[:3]]
-        self.numbers[end - 8 : end] = [*(buffer.data_ptr() for buffer in buffers), *strides]

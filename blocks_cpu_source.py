@@ -16,12 +16,15 @@ typedef struct {  // a linear layer; bits: 0 for floats
   long in, out, groups, group, bits, scale_type;
 } matrix;
 
-typedef struct {  // the cache's strides are in bytes
+typedef struct {
   const char *input_norm, *attention_norm;
   matrix query_key_value, dense, gate_up, down;
+} block;
+
+typedef struct {  // where a block's part of the cache is; strides in bytes
   char *keys, *values;
   long k_batch, k_group, k_token, v_batch, v_group, v_token;
-} block;
+} slots;
 
 typedef struct {
   long blocks, batch, tokens, seen, heads, groups, size, hidden, inner, type, norm_type, threads;
@@ -44,13 +47,9 @@ static void product(const matrix *m, const char *x, char *y, step *s) {
   else if (s->type != FLOAT32)
     s->multiply(x, y, (const uint8_t *)m->weight, m->scale, m->bias, s->scratch, n, m->in, m->out, m->groups, m->group,
                 m->bits, s->type, m->scale_type, s->threads);
-  else {  // it reads whole groups of 128 inputs and whole tiles of 8 tokens: `padded_inputs` in quantization_cpu
-    const long padded = (m->in + 127) / 128 * 128, rows = n > 2 ? (n + 7) / 8 * 8 : n;
-    float *inputs = (float *)s->scratch;
-    memset(inputs, 0, rows * padded * sizeof *inputs);
-    for (long t = 0; t < n; t++) memcpy(inputs + t * padded, x + t * m->in * 4, m->in * 4);
-    s->multiply_float32(inputs, (float *)y, (const uint8_t *)m->weight, m->scale, m->bias, inputs + rows * padded, n,
-                        m->in, m->out, m->groups, m->bits, m->scale_type, s->threads);
+  else {
+    s->multiply_float32((const float *)x, (float *)y, (const uint8_t *)m->weight, m->scale, m->bias,
+                        (float *)s->scratch, n, m->in, m->out, m->groups, m->bits, m->scale_type, s->threads);
     const word *bits = (const word *)y;
     word infinite = 0;  // or nan
     for (long i = 0; i < n * m->out; i++) infinite |= (bits[i] & 0x7f800000) == 0x7f800000;
@@ -115,7 +114,7 @@ static void to_cache(const char *from, long from_token, char *to, long batch, lo
 /* x[batch][tokens][hidden] = the last block's output, in place. Each block's keys and values go to the cache's slots
    behind `seen`. work: for each token twice hidden, three times heads + 2 groups of size, three times inner. It stops
    after an overflow. */
-void blocks(const block *blocks, step *s) {
+void blocks(const block *b, const slots *c, step *s) {
   const long n = s->batch * s->tokens, bytes = size_of(s->type), head = s->size * bytes, all = s->heads + s->groups;
   const long qkv = (all + s->groups) * head;  // of a token
   const int type = s->type, threads = s->threads;
@@ -127,15 +126,15 @@ void blocks(const block *blocks, step *s) {
   a.mask_batch = s->mask_batch, a.mask_token = s->mask_token, a.causal = !s->mask && s->tokens > 1;
   a.q_type = a.k_type = a.v_type = type;
   a.stretches = s->stretches, a.threads = threads, a.scratch = s->attention_scratch;
-  for (const block *b = blocks; b < blocks + s->blocks && !s->overflow; b++) {
+  for (long i = 0; i < s->blocks && !s->overflow; i++, b++, c++) {
     rms_norm(x, b->input_norm, normed, n, s->hidden, s->eps, type, s->norm_type, threads);
     product(&b->query_key_value, normed, mixed, s);
     rotate(mixed, s->cosine, s->sine, rotated, n, all, s->size, s->period, qkv, type, threads);
-    to_cache(rotated + s->heads * head, all * head, b->keys, b->k_batch, b->k_group, b->k_token, s);
-    to_cache(mixed + all * head, qkv, b->values, b->v_batch, b->v_group, b->v_token, s);
-    a.k_batch = b->k_batch, a.k_group = b->k_group, a.k_token = b->k_token;
-    a.v_batch = b->v_batch, a.v_group = b->v_group, a.v_token = b->v_token;
-    attention(rotated, b->keys, b->values, s->mask, attended, (float *)s->scratch, s->scale, &a);
+    to_cache(rotated + s->heads * head, all * head, c->keys, c->k_batch, c->k_group, c->k_token, s);
+    to_cache(mixed + all * head, qkv, c->values, c->v_batch, c->v_group, c->v_token, s);
+    a.k_batch = c->k_batch, a.k_group = c->k_group, a.k_token = c->k_token;
+    a.v_batch = c->v_batch, a.v_group = c->v_group, a.v_token = c->v_token;
+    attention(rotated, c->keys, c->values, s->mask, attended, (float *)s->scratch, s->scale, &a);
     product(&b->dense, attended, update, s);
     add_to(x, update, n * s->hidden, type);
     rms_norm(x, b->attention_norm, normed, n, s->hidden, s->eps, type, s->norm_type, threads);

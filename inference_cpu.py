@@ -27,7 +27,7 @@ FUNCTIONS = {  # of the C library, with their arguments
     "rotate": [ADDRESS] * 4 + [LONG] * 5 + [INT] * 2,
     "linear": [ADDRESS] * 5 + [LONG] * 3 + [INT] * 2,
     "gated": [ADDRESS] * 2 + [LONG] * 2 + [INT] * 2,
-    "blocks": [ADDRESS] * 2,  # see blocks_cpu
+    "blocks": [ADDRESS] * 3,  # see blocks_cpu
 }
 MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
 MOST_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 4}  # that C was measured to multiply faster
@@ -99,10 +99,15 @@ def c_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+def turns(cos: Tensor, B: int, T: int, D: int) -> bool:
+    """Whether the C code takes these cosines, or sines, for heads of size D."""
+    return D % 16 == 0 and cos.device.type == "cpu" and cos.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4))
+
+
 @functools.partial(in_c, c_rotate)
 def rotate_in_c(x, cos, sin):
     B, T, _, D = x.shape
-    return D % 16 == 0 and cos.device == x.device and cos.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4))
+    return turns(cos, B, T, D)
 
 
 def c_gated(x: Tensor) -> Tensor:

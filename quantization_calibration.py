@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -255,25 +256,20 @@ class Progress:
         self.key.update(f"{data.dtype} {list(data.shape)} ".encode())
         self.key.update(data.view(torch.uint8).numpy())
 
-    def path(self, weight: Tensor, bits: int, group_size: Optional[int]) -> Optional[str]:
-        """The file of the next layer, which has this float weight."""
+    def rounded(self, layer: nn.Linear, bits: int, group_size: Optional[int], compute, skip) -> Tuple[Tensor, Tensor]:
+        """(packed weight, scale) of the next layer: `compute()`, or what is in its file, after `skip()`."""
         if self.folder is None:
-            return None
-        self._add(weight)
+            return compute()
+        self._add(layer.weight)
         self.key.update(f"int{bits} {group_size} ".encode())
-        return os.path.join(self.folder, f"{self.key.hexdigest()}.pt")
-
-    @staticmethod
-    def read(path: Optional[str], device: torch.device) -> Optional[Tuple[Tensor, Tensor]]:
-        if path is None or not os.path.exists(path):
-            return None
-        return tuple(torch.load(path, map_location=device, weights_only=True))
-
-    @staticmethod
-    def write(path: Optional[str], rounded: Tuple[Tensor, Tensor]) -> None:
-        if path is not None:
-            torch.save([tensor.cpu() for tensor in rounded], f"{path}.part")
-            os.replace(f"{path}.part", path)
+        path = os.path.join(self.folder, f"{self.key.hexdigest()}.pt")
+        if os.path.exists(path):
+            skip()
+            return tuple(torch.load(path, map_location=layer.weight.device, weights_only=True))
+        rounded = compute()
+        torch.save([tensor.cpu() for tensor in rounded], f"{path}.part")
+        os.replace(f"{path}.part", path)
+        return rounded
 
 
 def calibrate(
@@ -321,20 +317,20 @@ def _calibrate(model, blocks, chosen, samples, progress, tick):
             for name, layer in layers.items():
                 stack.enter_context(_attribute(layer, "forward", linears[name]))
             for name, layer in layers.items():
-                path = progress.path(layer.weight, *chosen[name])
-                rounded[name] = progress.read(path, layer.weight.device)
-                if rounded[name] is None:
-                    rounded[name] = _round(name, layer, linears[name], block, calls, *chosen[name], tick)
-                    progress.write(path, rounded[name])
-                else:
-                    for _ in range(len(calls) + _steps(layer)):
-                        tick()
+                compute = partial(_round, name, layer, linears[name], block, calls, *chosen[name], tick)
+                skip = partial(_skip, len(calls) + _steps(layer), tick)
+                rounded[name] = progress.rounded(layer, *chosen[name], compute, skip)
                 linears[name].weight = dequantize_weight(*rounded[name], chosen[name][0], torch.float32)
             if i < last:
                 _advance(block, calls, tick)
         del linears
         for name in names:
             yield name, rounded.pop(name)
+
+
+def _skip(steps, tick):
+    for _ in range(steps):
+        tick()
 
 
 @torch.no_grad()

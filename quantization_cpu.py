@@ -144,20 +144,13 @@ def _linear(x, weight, weight_scale, bias, bits):
     groups, group = groups_of(weight_scale, k)
     weight_scale, y = weight_scale.contiguous(), x.new_empty(n, out)
     bias = None if bias is None else bias.to(weight_scale.dtype).contiguous()
-    scratch = torch.empty(scratch_bytes(n, k, groups, group, threads), dtype=torch.int8, device="cpu")
+    scratch = torch.empty(scratch_bytes(n, k, groups, group, threads, x.dtype), dtype=torch.int8, device="cpu")
     types = TYPES[x.dtype], TYPES[weight_scale.dtype], threads
     if x.dtype == torch.float32:
-        rows, columns = padded_inputs(n, k)
-        x = F.pad(x, (0, columns - k, 0, rows - n)).contiguous()
         _call("linear_float32", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, bits, *types[1:])
     else:
         _call("linear", x, y, weight, weight_scale, bias, scratch, n, k, out, groups, group, bits, *types)
     return y
-
-
-def padded_inputs(n: int, k: int) -> Tuple[int, int]:
-    """The shape in which `linear_float32` reads n tokens of k inputs."""
-    return n if n <= 2 else _padded(n, 8), _padded(k, GROUP)
 
 
 def groups_of(weight_scale: Tensor, k: int) -> Tuple[int, int]:
@@ -168,14 +161,16 @@ def groups_of(weight_scale: Tensor, k: int) -> Tuple[int, int]:
     return groups, min(k // groups, GROUP)
 
 
-@functools.lru_cache(None)
-def scratch_bytes(n: int, k: int, groups: int, group: int, threads: int) -> int:
-    """Bytes that the C functions `linear` and `linear_float32` need, the second beside its padded inputs."""
-    width, together = _padded(k, GROUP), min(n + 3, MOST)
+@functools.lru_cache
+def scratch_bytes(n: int, k: int, groups: int, group: int, threads: int, dtype: torch.dtype) -> int:
+    """Bytes that the C functions `linear` and, for float32, `linear_float32` need."""
+    width, together, tables = _padded(k, GROUP), min(n + 3, MOST), threads * groups * ROWS * 4  # scales, in float32
+    if dtype == torch.float32:
+        return tables + 4 * _padded(n, 8) * width
     inputs = (n + WIDEST) * (width + 8 * (width // group))
     # `prompt` of AVX2 has 16 bits for an input, and for each thread a strip of weights and sums
     prompt = together * (2 * width + 8 * (width // group)) + threads * (64 * group + 128 + 128 * together)
-    return threads * groups * ROWS * 4 + max(inputs, prompt)  # first a table of scales for each thread
+    return tables + max(inputs, prompt)
 
 
 _without_overflow = without_overflow(_linear)

@@ -308,8 +308,8 @@ static inline floats weight(words v, int bits, int input) {
 
 /* 32 rows for n tokens; n is a constant in each inlined copy. One or two tokens have more sums than rows and tokens,
    so that few additions wait for each other. */
-INLINE void exact(const float *x, const uint8_t *w, const float *ws, long padded,
-                                                        long groups, long per_group, int bits, int n, float *sums) {
+INLINE void exact(const float *x, const uint8_t *w, const float *ws, long padded, long groups, long per_group, int bits,
+                  int n, float *sums) {
   const int inputs = bits == 4 ? 8 : 4, parts = n == 1 ? 4 : n == 2 ? 2 : 1;
   for (int row = 0; row < 32; row += 2 * LANES) {  // two registers per token
     const uint8_t *at = w + 4 * row;
@@ -342,10 +342,22 @@ INLINE void exact(const float *x, const uint8_t *w, const float *ws, long padded
   }
 }
 
-/* The float32 version; x is padded to whole groups of 128, and from 3 tokens on to a multiple of 8 tokens. */
+/* The float32 version. Its tiles read whole groups of 128 inputs, and from 3 tokens on a multiple of 8 tokens: scratch
+   has room for x padded to that, behind the tables of scales. */
 void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, float *scratch,
                     long n, long k, long out, long groups, int bits, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, blocks = (out + 31) / 32, per_group = k / groups;
+  const long rows = n > 2 ? (n + 7) / 8 * 8 : n;
+  if (padded > k || rows > n) {
+    float *inputs = scratch + threads * groups * 32;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (n > 2)
+    for (long t = 0; t < rows; t++) {
+      const long given = t < n ? k : 0;
+      if (given) memcpy(inputs + t * padded, x + t * k, given * sizeof *x);
+      memset(inputs + t * padded + given, 0, (padded - given) * sizeof *x);
+    }
+    x = inputs;
+  }
   #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long block = 0; block < blocks; block++) {
     float *ws = scratch + omp_get_thread_num() * groups * 32, sums[WIDEST_EXACT * 32];
@@ -425,8 +437,7 @@ INLINE __m256 largest(const char *w, int type, long n) {
 }
 
 /* n <= 16 weights as int8 or int4, packed. */
-INLINE void quantize_part(const char *w, uint8_t *packed, long n, __m256 scale,
-                                                                int bits, int type) {
+INLINE void quantize_part(const char *w, uint8_t *packed, long n, __m256 scale, int bits, int type) {
   const int limit = bits == 8 ? 127 : 7;
   __m256i q[2];
   for (int i = 0; i < 2; i++)
@@ -441,8 +452,8 @@ INLINE void quantize_part(const char *w, uint8_t *packed, long n, __m256 scale,
   memcpy(packed, &bytes, n * bits / 8);
 }
 
-INLINE void quantize_rows(const char *w, uint8_t *packed, void *scale, long rows,
-    long group, int bits, int type, int threads) {
+INLINE void quantize_rows(const char *w, uint8_t *packed, void *scale, long rows, long group, int bits, int type,
+                          int threads) {
   #pragma omp parallel for num_threads(threads) schedule(guided)
   for (long row = 0; row < rows; row++) {
     const char *from = w + row * group * size_of(type);

@@ -158,14 +158,14 @@ class GrowingLayer(DynamicLayer):
                 "same rows, or None."
             )
         seen, tokens = self.keys.shape[2], key_states.shape[2]
-        for buffer, new in zip(self.reserve(tokens, key_states.dtype), (key_states, value_states)):
+        for buffer, new in zip(self.reserve(tokens, key_states.dtype, value_states.dtype), (key_states, value_states)):
             buffer[:, :, seen : seen + tokens] = new
         return self.extend(tokens)
 
-    def reserve(self, tokens, dtype):
+    def reserve(self, tokens, key_dtype, value_dtype):
         """Return the buffers of keys and values with room for `tokens` more, which the caller writes behind `keys`."""
-        self.key_buffer = with_room(self.keys, getattr(self, "key_buffer", None), tokens, dtype)
-        self.value_buffer = with_room(self.values, getattr(self, "value_buffer", None), tokens, dtype)
+        self.key_buffer = with_room(self.keys, getattr(self, "key_buffer", None), tokens, key_dtype)
+        self.value_buffer = with_room(self.values, getattr(self, "value_buffer", None), tokens, value_dtype)
         return self.key_buffer, self.value_buffer
 
     def extend(self, tokens):

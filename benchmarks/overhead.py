@@ -35,7 +35,7 @@ def prepared(layer, x):
 
     k, out, threads = layer.in_features, layer.out_features, torch.get_num_threads()
     groups, group = quantization_cpu.groups_of(layer.weight_scale, k)
-    scratch = torch.empty(quantization_cpu.scratch_bytes(1, k, groups, group, threads), dtype=torch.int8)
+    scratch = torch.empty(quantization_cpu.scratch_bytes(1, k, groups, group, threads, x.dtype), dtype=torch.int8)
     tensors = x, x.new_empty(out), layer.weight, layer.weight_scale, layer.bias, scratch
     types = (quantization_cpu.TYPES[t.dtype] for t in (x, layer.weight_scale))
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)

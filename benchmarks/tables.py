@@ -203,7 +203,7 @@ def overhead(say, processor):
             r["step_ms"],
             r["bare_ms"],
             f"{r['overhead']:.1%}",
-            f"{r['modules_ms']} ({r['modules_ratio']}x)" if "modules_ms" in r else "",
+            timed(r, {"modules_ms": r.get("modules_ratio")}, "modules_ms"),
         ]
         for r in records
     ]
@@ -357,7 +357,7 @@ def against_vllm(say, processor):
     rows = []
     for record in records:
         for row in record["rows"]:
-            cells = [row["ours"], f"{row['vllm']} ({row['ratio']}x)"]
+            cells = [row["ours"], timed(row, {"vllm": row["ratio"]}, "vllm")]
             rows.append([f"{weights(record['settings'])}, {most} layers", say(tasks[row["task"]]), *cells])
     return table(["weights", "tokens/s", "this package", "vLLM"], rows, records, "against_vllm", say)
 

@@ -28,14 +28,18 @@ with importing():
     from transformers.utils import logging
 
 
-def check_room(config, dtype, bits, target, copies=1):
-    """Raise OSError if the disk has no room for `target`, the model of this config in int4 or int8, so many times."""
+def check_room(config, dtype, bits, target, progress=None):
+    """Raise OSError if the disk has no room for `target`, the model of this config in int4 or int8.
+
+    progress: a folder that holds its layers for a second time, or will; what is there takes no more room.
+    """
     config = type(config)(**{**config.to_dict(), "quantization_bit": bits})
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config).to(dtype)
     folder = next(path for path in Path(target).resolve().parents if path.is_dir())
-    needed = copies * sum(tensor.nbytes for tensor in model.parameters())
-    free = shutil.disk_usage(folder).free
+    needed, free = sum(tensor.nbytes for tensor in model.parameters()), shutil.disk_usage(folder).free
+    if progress is not None:
+        needed += max(needed - sum(path.stat().st_size for path in Path(progress).glob("*.pt")), 0)
     if free < 1.01 * needed:
         raise OSError(
             f"{folder} has {free / 1e9:.1f} GB left, but the files take {needed / 1e9:.1f} GB: make room there"
@@ -60,7 +64,7 @@ def export(source, target, bits=4, scale="max", calibration=None, samples=128, d
         options = {"calibration": read_samples(calibration, tokenizer, samples), "tokenizer": tokenizer}
         options["progress"] = f"{Path(target).resolve()}.progress"
     dtype = as_dtype(getattr(config, DTYPE, None)) or torch.float16
-    check_room(config, dtype, bits, target, copies=1 if calibration is None else 2)
+    check_room(config, dtype, bits, target, options.get("progress"))
     if options == {"scale": "max"}:
         model = load_model(source, dtype, bits)
     else:

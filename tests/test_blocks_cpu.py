@@ -241,6 +241,14 @@ def test_a_long_context_and_a_mask_in_another_order(make_model, served):
     assert served == [False, True] and torch.equal(*pair)
 
 
+def test_float_layers_need_no_quantized_kernels(make_model, served, monkeypatch):
+    """They are not compiled in the middle of a float model's first answer."""
+    blocks_cpu.quantized_products.cache_clear()
+    monkeypatch.setattr(blocks_cpu, "load_quantized", lambda: pytest.fail("loaded"))
+    steps(make_model())
+    assert served == [False, True, True, True]
+
+
 # What is left to the modules
 
 

@@ -175,3 +175,14 @@ def test_training_concatenates(make_model):
     loss.backward()
     weight = model.transformer.encoder.layers[0].self_attention.query_key_value.weight
     assert weight.grad.abs().sum() > 0
+
+
+@pytest.mark.needs_transformers("4.57", "caches of layers")
+def test_keys_and_values_keep_their_own_dtypes():
+    from chatglm2.transformers_compat import GrowingLayer
+
+    layer, new = GrowingLayer(), torch.randn(1, 2, 3, 8)
+    for tokens in (3, 1):
+        keys, values = layer.update(new[:, :, :tokens].half(), new[:, :, :tokens])
+    assert (keys.dtype, values.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(values, torch.cat((new, new[:, :, :1]), dim=2))

@@ -336,6 +336,20 @@ def test_command_asks_for_room_on_the_disk(command, tmp_path, monkeypatch):
         command([str(TINY), str(tmp_path / "new" / "folder")])
 
 
+def test_what_a_stopped_calibration_left_needs_no_room_again(tmp_path, monkeypatch):
+    import quantize
+    from checkpoints import load_config
+
+    progress, check = tmp_path / "progress", (load_config(TINY), torch.float16, 4, tmp_path / "new")
+    monkeypatch.setattr(quantize.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=4_000_000))
+    quantize.check_room(*check)  # 3 MB
+    with pytest.raises(OSError, match="make room"):
+        quantize.check_room(*check, progress)
+    progress.mkdir()
+    (progress / "layer.pt").write_bytes(bytes(3_000_000))
+    quantize.check_room(*check, progress)
+
+
 @pytest.mark.needs_transformers("4.34", "chat templates")
 def test_conversations_are_samples(tokenizer):
     from conftest import ROOT
