@@ -9,8 +9,6 @@ typedef void quantized(const void *, void *, const uint8_t *, const void *, cons
 typedef void quantized_float32(const float *, float *, const uint8_t *, const void *, const void *, float *, long, long,
                                long, long, int, int, int);
 
-typedef uint32_t word __attribute__((may_alias));
-
 typedef struct {  // a linear layer; bits: 0 for floats
   const char *weight, *scale, *bias;
   long in, out, groups, group, bits, scale_type;

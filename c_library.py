@@ -70,7 +70,10 @@ def instructions() -> List[Tuple[str, Tuple[str, ...]]]:
     """Return ("avx512" or "avx2", compiler options) for each instruction set of this CPU, fastest first."""
     known, found = cpu_flags(), []
     if known >= AVX512.keys():
-        found.append(("avx512", (*FLAGS, *AVX512.values())))
+        flags = (*FLAGS, *AVX512.values())
+        if "avx512_bf16" in known:
+            found.append(("avx512", (*flags, "-mavx512bf16")))  # GCC 10 and later
+        found.append(("avx512", flags))
     if known >= {"avx2", "avx_vnni", "f16c", "fma"}:
         found.append(("avx2", (*FLAGS, "-mavxvnni")))  # GCC 11 and later
     if known >= {"avx2", "f16c", "fma"}:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_cpu_source import TILE
 from .c_library import ADDRESS, FLOAT, INT, LONG, cpu_flags, load
-from .inference_cpu_source import PANEL, TILE, source
+from .inference_cpu_source import PANEL, source
 from .quantization_cpu_source import TYPES
 from .torch_compat import autocast_dtype, needs_dispatch
 from .torch_compat import rms_norm as torch_rms_norm
@@ -31,6 +32,7 @@ FUNCTIONS = {  # of the C library, with their arguments
 }
 MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
 MOST_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 4}  # that C was measured to multiply faster
+MOST_PAIRED_ROWS = 32  # the same of bfloat16 with AVX512-BF16
 
 
 @functools.lru_cache(None)
@@ -144,8 +146,11 @@ def linear_scratch(n: int, k: int) -> int:
 @functools.lru_cache(None)
 def most_rows(dtype: torch.dtype) -> int:
     """Rows of x that the C code multiplies faster than torch: in float16 any number, unless the CPU computes in it."""
-    slow = dtype == torch.float16 and "avx512_fp16" not in cpu_flags()
-    return sys.maxsize if slow else MOST_ROWS[dtype]
+    if dtype == torch.float16 and "avx512_fp16" not in cpu_flags():
+        return sys.maxsize
+    if dtype == torch.bfloat16 and "avx512_bf16" in cpu_flags():
+        return MOST_PAIRED_ROWS
+    return MOST_ROWS[dtype]
 
 
 @functools.partial(in_c, c_linear)
@@ -168,7 +173,7 @@ def computes_attention(head_dim: int, x: Tensor, mask: Optional[Tensor]) -> bool
 
 
 def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
-    """Exact attention with a softmax in float32.
+    """Exact attention with a softmax in float32; for bfloat16 its probabilities are rounded to that, with AVX512-BF16.
 
     The result does not depend on the number of threads.
 

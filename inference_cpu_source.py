@@ -1,35 +1,25 @@
 """The C source of `inference_cpu`: `source(instructions)` returns the whole file, for AVX512 or AVX2.
 
-Attention: a tile of keys is widened to float32 in the first-level cache. The lanes of a vector are query rows: the
-heads of a group for one token, then for the next. So the keys and values of a group are read once for all its heads,
-and a softmax takes no sums across lanes. Both products are the same loop: floats broadcast from memory times vectors,
-queries in the first product and values in the second.
-
-A long context is split into stretches of keys for several threads, as in Flash-Decoding. Each has its own softmax (its
-largest score, its sum and its output), and a last pass combines them.
+Attention and whole blocks have files of their own, `attention_cpu_source` and `blocks_cpu_source`.
 """
 
+from .attention_cpu_source import BODY as ATTENTION
+from .attention_cpu_source import TILE
 from .blocks_cpu_source import BODY as BLOCKS
 from .quantization_cpu_source import HEAD
 
-TILE = 64  # keys that are widened at a time
 PANEL = 128  # tokens of a linear layer that are widened at a time
+CHUNK = 256  # floats, or pairs, of a token's inputs that are multiplied at a time
 
-BODY = r"""
-enum { PANELS = 4 };  // of 1 or 2 vectors of query rows, which share a tile of keys
-enum { MOST = 16 };  // rows of a product whose sums are in registers
-enum { NONE, SOME, ALL };
+VECTORS = r"""
 enum { MANY = LANES / 2 };  // tokens that a weight is multiplied with at a time
 #define UNROLLED _Pragma("GCC unroll 16") for
-static const float LOWEST = -3.4028235e38f;
-
-int omp_get_thread_num(void);
-
-typedef struct {  // strides are in bytes
-  long batch, tokens, keys, heads, groups, size;
-  long q_batch, q_head, q_token, k_batch, k_group, k_token, v_batch, v_group, v_token, mask_batch, mask_token;
-  long q_type, k_type, v_type, causal, stretches, threads, scratch;
-} shape;
+#define KEEP(v) __asm__("" : "+v"(v))  // in a register: GCC would read it from memory for each use
+#ifdef __AVX512BF16__
+enum { PAIRED = 1 };  // whether bfloat16 is multiplied in pairs
+#else
+enum { PAIRED = 0 };
+#endif
 
 /* Lane by lane; b where either is nan. */
 INLINE floats larger(floats a, floats b) {
@@ -65,220 +55,16 @@ INLINE floats power_of_2(floats x) {
   return p * (floats)((__builtin_convertvector(whole, ints) + 127) << 23);
 }
 
-INLINE void widen_as(const char *from, int type, long row_bytes, long n, long size, long stride, float *to) {
-  const long vectors = size - size % LANES;
-  for (long j = 0; j < n; j++) {
-    const char *row = from + j * row_bytes;
-    for (long i = 0; i < vectors; i += LANES) *(floats *)(to + j * stride + i) = widened(row + i * size_of(type), type);
-    if (vectors < size) _mm256_storeu_ps(to + j * stride + vectors, load(row, type, vectors, 8));
-  }
-  for (long j = n; j % MOST; j++) memset(to + j * stride, 0, stride * sizeof *to);
+/* sum + a * b, lane by lane; for pairs of bfloat16 in the place of floats, + both products of their numbers. */
+INLINE floats plus(floats sum, floats a, floats b, int pairs) {
+#ifdef __AVX512BF16__
+  if (pairs) return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  return sum + a * b;
 }
+"""
 
-/* n rows of `size` numbers as floats, and rows of zeros up to a multiple of MOST. */
-static void widen(const char *from, int type, long row_bytes, long n, long size, long stride, float *to) {
-  if (type == FLOAT16) widen_as(from, FLOAT16, row_bytes, n, size, stride, to);
-  else if (type == BFLOAT16) widen_as(from, BFLOAT16, row_bytes, n, size, stride, to);
-  else widen_as(from, FLOAT32, row_bytes, n, size, stride, to);
-}
-
-/* to[i][w] = to[i][w] * correction[i] + the sum over k of a[i * row + k * column] * b[k][w]; no correction: no first
-   term. b has vectors of `type`, b_step bytes apart. Each k prefetches a line, `step` bytes apart. */
-INLINE void multiply(const float *a, long row, long column, const char *b, int type, long b_step, long depth, int rows,
-                     int width, const float *correction, float *to, long to_row, const char *ahead, long step) {
-  floats sum[MOST][2], v[2];
-  UNROLLED (int i = 0; i < rows; i++)
-    UNROLLED (int w = 0; w < width; w++) sum[i][w] = (floats){0};
-  for (long k = 0; k < depth; k++) {
-    _mm_prefetch(ahead + k * step, _MM_HINT_T1);
-    UNROLLED (int w = 0; w < width; w++) v[w] = widened(b + k * b_step + w * LANES * size_of(type), type);
-    UNROLLED (int i = 0; i < rows; i++)
-      UNROLLED (int w = 0; w < width; w++) sum[i][w] += v[w] * a[i * row + k * column];
-  }
-  UNROLLED (int i = 0; i < rows; i++)
-    UNROLLED (int w = 0; w < width; w++) {
-      floats *at = (floats *)(to + i * to_row + w * LANES);
-      if (correction) sum[i][w] += *at * correction[i];
-      *at = sum[i][w];
-    }
-}
-
-/* Which of the keys `from` to `to` a token attends to. */
-static int attends(const shape *s, const uint8_t *mask, long token, long from, long to) {
-  const long end = s->causal ? min(to, token + 1) : to;
-  long count = 0;
-  if (from >= end) return NONE;
-  if (!mask) return end == to ? ALL : SOME;
-  for (long j = from; j < end; j++) count += mask[token * s->mask_token + j];
-  return count == to - from ? ALL : count ? SOME : NONE;
-}
-
-typedef struct {  // keys and values as floats, [TILE][stride], or where the values are; and where the next tile is
-  float *keys, *values, *scores;
-  const char *direct, *next_k, *next_v;
-} tile_of_keys;
-
-/* One tile for one panel of query rows: online softmax. q: [size][lanes]; o: [lanes][stride]. */
-INLINE void tile_step(const tile_of_keys *tile, long n, long stride, int width, const float *q, float *o,
-                      float *largest, float *total, const shape *s, const uint8_t *mask, long first_row, long rows,
-                      long from, int state) {
-  const int lanes = width * LANES, unroll = LANES == 16 ? MOST / width : 8 / width;
-  const long size = s->size, group = s->heads / s->groups;
-  float *p = tile->scores, correction[2 * LANES];
-  for (long j = 0; j < n; j += unroll)
-    multiply(tile->keys + j * stride, stride, 1, (const char *)q, FLOAT32, 4 * lanes, size, unroll, width, 0,
-             p + j * lanes, lanes, tile->next_k + j * s->k_token, s->k_token * unroll / size);
-  if (state == SOME)
-    for (long r = 0, token = first_row / group; r < rows; token++) {  // the lanes of one token after another
-      const long end = min(rows, (token + 1) * group - first_row);
-      for (long j = 0; j < n; j++)
-        if ((mask && !mask[token * s->mask_token + from + j]) || (s->causal && from + j > token))
-          for (long lane = r; lane < end; lane++) p[j * lanes + lane] = -__builtin_inff();
-      r = end;
-    }
-  UNROLLED (int w = 0; w < width; w++) {
-    floats *all = (floats *)(p + w * LANES), *most = (floats *)(largest + w * LANES);
-    floats top = *most, part = {0};
-    for (long j = 0; j < n; j++) top = larger(all[j * width], top);
-    const floats change = power_of_2(*most - top);
-    *most = top;
-    for (long j = 0; j < n; j++) {
-      all[j * width] = power_of_2(all[j * width] - top);
-      part += all[j * width];
-    }
-    floats *sum = (floats *)(total + w * LANES);
-    *sum = *sum * change + part;
-    *(floats *)(correction + w * LANES) = change;
-  }
-  #define WEIGH(VALUES, TYPE, STEP) \
-    for (long d = 0; d < size; d += lanes) \
-      for (int r = 0; r < lanes && r < rows; r += unroll) \
-        multiply(p + r, 1, lanes, (VALUES) + d * size_of(TYPE), TYPE, STEP, n, unroll, width, correction + r, \
-                 o + r * stride + d, stride, tile->next_v + (d + r) * n * s->v_token / size, \
-                 s->v_token * unroll / size);
-  if (!tile->direct) WEIGH((const char *)tile->values, FLOAT32, 4 * stride)
-  else if (s->v_type == FLOAT16) WEIGH(tile->direct, FLOAT16, s->v_token)
-  else if (s->v_type == BFLOAT16) WEIGH(tile->direct, BFLOAT16, s->v_token)
-  else WEIGH(tile->direct, FLOAT32, s->v_token)
-}
-
-/* The softmax of a block of query rows over the keys of one stretch. state: output [panels * lanes][stride], then
-   largest and total [panels * lanes]. scratch: the query [panels * lanes][stride], a tile's keys and values
-   [TILE][stride] and scores [TILE][lanes]. */
-INLINE void stretch_of(const char *q, const char *k, const char *v, const uint8_t *mask, float scale, const shape *s,
-                       long g, long first_row, long rows, long from, long to, int width, long stride, float *state,
-                       float *scratch) {
-  const long lanes = width * LANES, panels = (rows + lanes - 1) / lanes, group = s->heads / s->groups;
-  const int direct = LANES == 16 && width == 1 && s->size % 16 == 0;
-  float *largest = state + panels * lanes * stride, *total = largest + panels * lanes;
-  float *query = scratch, *keys = query + panels * lanes * stride, *values = keys + TILE * stride;
-  float *scores = values + TILE * stride;
-  memset(query, 0, panels * lanes * stride * sizeof *query);
-  memset(state, 0, panels * lanes * stride * sizeof *state);
-  for (long r = 0; r < panels * lanes; r++) {
-    largest[r] = LOWEST;
-    total[r] = 0;
-    if (r >= rows) continue;
-    const long token = (first_row + r) / group, head = g * group + (first_row + r) % group;
-    float *column = query + r / lanes * stride * lanes + r % lanes, part[8];
-    for (long d = 0; d < s->size; d += 8) {
-      _mm256_storeu_ps(part, load(q + head * s->q_head + token * s->q_token, s->q_type, d, 8));
-      for (int i = 0; i < 8; i++) column[(d + i) * lanes] = part[i] * scale;
-    }
-  }
-  for (long j = from; j < to; j += TILE) {
-    const long n = min(TILE, to - j);
-    int states[PANELS], used = 0;
-    for (long panel = 0; panel < panels; panel++) {
-      const long first = first_row + panel * lanes, last = min(first_row + rows, first + lanes) - 1;
-      states[panel] = attends(s, mask, first / group, j, j + n);
-      for (long t = first / group + 1; t <= last / group; t++)
-        if (attends(s, mask, t, j, j + n) != states[panel]) states[panel] = SOME;
-      used |= states[panel];
-    }
-    if (!used) continue;
-    widen(k + j * s->k_token, s->k_type, s->k_token, n, s->size, stride, keys);
-    if (!direct) widen(v + j * s->v_token, s->v_type, s->v_token, n, s->size, stride, values);
-    const tile_of_keys tile = {keys, values, scores, direct ? v + j * s->v_token : 0, k + (j + TILE) * s->k_token,
-                               v + (j + TILE) * s->v_token};
-    for (long panel = 0, r = 0; panel < panels; panel++, r += lanes)
-      if (states[panel])
-        tile_step(&tile, n, stride, width, query + r * stride, state + r * stride, largest + r, total + r, s, mask,
-                  first_row + r, min(lanes, rows - r), j, states[panel]);
-  }
-}
-
-typedef void (*kernel)(const char *, const char *, const char *, const uint8_t *, float, const shape *, long, long,
-                       long, long, long, float *, float *);
-#define KERNEL(WIDTH, STRIDE) static void kernel_##WIDTH##_##STRIDE(const char *q, const char *k, const char *v, \
-    const uint8_t *mask, float scale, const shape *s, long g, long first_row, long rows, long from, long to, \
-    float *state, float *scratch) { \
-  stretch_of(q, k, v, mask, scale, s, g, first_row, rows, from, to, WIDTH, STRIDE, state, scratch); \
-}
-KERNEL(1, 128) KERNEL(2, 128) KERNEL(1, 256) KERNEL(2, 256)
-
-/* Join the softmaxes of a block's stretches, and write its rows. */
-static void finish(const float *state, long stretches, long state_size, char *out, const shape *s, long g,
-                   long first_row, long rows, long stride, long all_lanes) {
-  const long group = s->heads / s->groups;
-  for (long r = 0; r < rows; r++) {
-    const float *top = state + all_lanes * stride + r, *sum = top + all_lanes;
-    float largest = LOWEST, total = 0, weight[stretches], row[stride];
-    for (long i = 0; i < stretches; i++) largest = top[i * state_size] > largest ? top[i * state_size] : largest;
-    for (long i = 0; i < stretches; i++) {
-      weight[i] = power_of_2((floats){0} + (top[i * state_size] - largest))[0];
-      total += weight[i] * sum[i * state_size];
-    }
-    memset(row, 0, sizeof row);
-    for (long i = 0; i < stretches; i++)
-      for (long d = 0; d < s->size; d++) row[d] += weight[i] * state[i * state_size + r * stride + d];
-    const __m256 share = _mm256_set1_ps(total == 0 ? 0 : 1 / total);  // no key at all: zeros, as torch gives
-    const long token = (first_row + r) / group, head = g * group + (first_row + r) % group;
-    for (long d = 0; d < s->size; d += 8)
-      store(out, s->q_type, (token * s->heads + head) * s->size + d, 8, _mm256_mul_ps(_mm256_loadu_ps(row + d), share));
-  }
-}
-
-/* out [B, T, H, D] = softmax(q k^T scale) v, for q [B, H, T, D] and k, v [B, G, S, D]. scale includes log2(e); mask:
-   bytes [B, T, S], or none. scratch: for each thread s->scratch floats, then a state for each block and stretch. */
-void attention(const char *q, const char *k, const char *v, const uint8_t *mask, char *out, float *scratch, float scale,
-               const shape *s) {
-  const long group = s->heads / s->groups, all_rows = s->tokens * group, pairs = s->batch * s->groups;
-  const int width = all_rows > LANES ? 2 : 1;
-  const long stride = s->size > 128 ? 256 : 128, lanes = width * LANES, block = lanes * PANELS;
-  const kernel compute = width == 1 ? stride == 128 ? kernel_1_128 : kernel_1_256
-                                    : stride == 128 ? kernel_2_128 : kernel_2_256;
-  const long blocks = (all_rows + block - 1) / block, stretches = s->stretches, units = pairs * blocks;
-  const long length = ((s->keys + stretches - 1) / stretches + TILE - 1) / TILE * TILE;
-  const long state_size = min(PANELS, (all_rows + lanes - 1) / lanes) * lanes * (stride + 2);
-  const long out_batch = s->tokens * s->heads * s->size * size_of(s->q_type);
-  float *states = scratch + s->threads * s->scratch;
-  #pragma omp parallel num_threads(s->threads)
-  {
-    float *own = scratch + omp_get_thread_num() * s->scratch;
-    #pragma omp for schedule(dynamic)
-    for (long item = 0; item < units * stretches; item++) {
-      const long i = item % stretches, unit = item / stretches, b = unit % pairs / s->groups, g = unit % s->groups;
-      const long first = (blocks - 1 - unit / pairs) * block, rows = min(block, all_rows - first);  // the longest first
-      const long all_lanes = (rows + lanes - 1) / lanes * lanes;
-      float *state = stretches == 1 ? own : states + item * state_size;
-      long to = min(s->keys, (i + 1) * length);
-      if (s->causal) to = min(to, (first + rows - 1) / group + 1);
-      compute(q + b * s->q_batch, k + b * s->k_batch + g * s->k_group, v + b * s->v_batch + g * s->v_group,
-              mask ? mask + b * s->mask_batch : 0, scale, s, g, first, rows, i * length, to, state,
-              own + state_size);
-      if (stretches == 1) finish(state, 1, 0, out + b * out_batch, s, g, first, rows, stride, all_lanes);
-    }
-    #pragma omp for schedule(static)
-    for (long unit = 0; unit < (stretches == 1 ? 0 : units); unit++) {
-      const long first = (blocks - 1 - unit / pairs) * block, rows = min(block, all_rows - first);
-      finish(states + unit * stretches * state_size, stretches, state_size,
-             out + unit % pairs / s->groups * out_batch, s, unit % s->groups, first, rows, stride,
-             (rows + lanes - 1) / lanes * lanes);
-    }
-  }
-}
-
+LAYERS = r"""
 /* A copy of CALL for each type, so that the inner loops do not ask for it. */
 #define FOR_TYPE(CALL) if (type == FLOAT16) CALL(FLOAT16); else if (type == BFLOAT16) CALL(BFLOAT16); else CALL(FLOAT32)
 
@@ -350,9 +136,14 @@ void rotate(const char *x, const float *cosine, const float *sine, char *y, long
 
 /* ---- linear layers of floats: few tokens times weights where they are, each row read once ---- */
 
-/* Numbers 0 to 2 LANES - 1 of `at` as floats: one half and the other, or the even and the odd ones of bfloat16. */
+/* How many vectors hold 2 LANES numbers of this type. */
+INLINE int vectors_of(int type) { return PAIRED && type == BFLOAT16 ? 1 : 2; }
+
+/* Numbers 0 to 2 LANES - 1 of `at`: as pairs, or as floats, one half and the other, or the even and the odd ones of
+   bfloat16. */
 INLINE void two(const char *at, int type, floats v[2]) {
-  if (type == BFLOAT16) {
+  if (vectors_of(type) == 1) v[0] = *(const floats *)at;
+  else if (type == BFLOAT16) {
     words pairs;
     memcpy(&pairs, at, sizeof pairs);
     v[0] = (floats)(pairs << 16), v[1] = (floats)(pairs & 0xffff0000);
@@ -378,50 +169,62 @@ INLINE float total(floats v) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-/* to[t][r] = x[t] times row r of w, for `tokens` rows of x as floats in the order of `two`, and `rows` rows of w. */
-INLINE void few_rows(const float *x, long padded, const char *w, long k, int type, int rows, int tokens, float *to) {
-  const long step = 2 * LANES, bytes = k * size_of(type), whole = k / step * step, near = whole - AHEAD / size_of(type);
+/* sums[r][t] += x[t] times row r of w, lane by lane: `tokens` rows of x in the order of `two`, `rows` rows of w, n
+   numbers of each. Weights are prefetched `ahead` bytes apart, from number `near` on `jump` bytes more. */
+INLINE void few_rows(const float *x, long padded, const char *w, long bytes, long n, int type, int rows, int tokens,
+                     long ahead, long near, long jump, floats *sums) {
+  const long step = 2 * LANES, whole = n / step * step;
+  const int vectors = vectors_of(type);
   floats sum[4][MANY], v[4][2];
   UNROLLED (int r = 0; r < rows; r++)
-    UNROLLED (int t = 0; t < tokens; t++) sum[r][t] = (floats){0};
+    UNROLLED (int t = 0; t < tokens; t++) sum[r][t] = sums[r * MANY + t];
   #define ADD(READ) \
     UNROLLED (int r = 0; r < rows; r++) READ; \
     UNROLLED (int t = 0; t < tokens; t++) \
-      UNROLLED (int i = 0; i < 2; i++) { \
-        const floats number = *(const floats *)(x + t * padded + k0 + i * LANES); \
-        UNROLLED (int r = 0; r < rows; r++) sum[r][t] += v[r][i] * number; \
+      UNROLLED (int i = 0; i < vectors; i++) { \
+        floats number = *(const floats *)(x + t * padded + k * vectors / 2 + i * LANES); \
+        if (vectors == 1 || tokens > 4) KEEP(number); \
+        UNROLLED (int r = 0; r < rows; r++) sum[r][t] = plus(sum[r][t], v[r][i], number, vectors == 1); \
       }
-  long k0 = 0;
-  for (; k0 < whole; k0 += step) {
-    const char *at = w + k0 * size_of(type), *ahead = at + AHEAD + (k0 < near ? 0 : (rows - 1) * bytes);
+  long k = 0;
+  for (; k < whole; k += step) {
+    const char *at = w + k * size_of(type), *next = at + ahead + (k < near ? 0 : jump);
     UNROLLED (int r = 0; r < rows; r++)
-      UNROLLED (int i = 0; i < step * size_of(type); i += 64) _mm_prefetch(ahead + r * bytes + i, _MM_HINT_T1);
+      UNROLLED (int i = 0; i < step * size_of(type); i += 64) _mm_prefetch(next + r * bytes + i, _MM_HINT_T1);
     ADD(two(at + r * bytes, type, v[r]))
   }
-  if (k0 < k) {
-    ADD(two_of(w + r * bytes + k0 * size_of(type), type, k - k0, v[r]))
+  if (k < n) {
+    ADD(two_of(w + r * bytes + k * size_of(type), type, n - k, v[r]))
   }
   UNROLLED (int r = 0; r < rows; r++)
-    UNROLLED (int t = 0; t < tokens; t++) to[8 * t + r] = total(sum[r][t]);
+    UNROLLED (int t = 0; t < tokens; t++) sums[r * MANY + t] = sum[r][t];
 }
 
-/* Eight rows of w, or `rows` of them at the end, for all tokens. */
+/* Eight rows of w, or fewer at the end, for all tokens. The inputs of 8, or of 4 in pairs, are multiplied in chunks, so
+   that they come from the first-level cache for all rows but the first. */
 INLINE void linear_block(const float *x, long padded, const char *w, const char *bias, char *y, long n, long k,
                          long out, long row, int type) {
-  const long bytes = k * size_of(type), rows = min(out - row, 8);
-  float to[8 * MANY];
+  const long bytes = k * size_of(type), rows = min(out - row, 8), vectors = vectors_of(type);
   for (long from = 0; from < n; from += MANY) {
-    const long left = min(n - from, MANY);
-    #define ROWS(TOKENS, EACH) for (; r + EACH <= rows; r += EACH) \
-      few_rows(x + from * padded, padded, w + (row + r) * bytes, k, type, EACH, TOKENS, to + r);
-    long r = 0;
-    if (left == 1) { ROWS(1, 4) ROWS(1, 1) }
-    else if (left == 2) { ROWS(2, 4) ROWS(2, 1) }
-    else if (left > 4) { ROWS(MANY, 2) ROWS(MANY, 1) }
-    else if (LANES == 16) { ROWS(4, 4) ROWS(4, 1) }
-    else { ROWS(4, 2) ROWS(4, 1) }
+    const long left = min(n - from, MANY), chunk = left > (vectors == 2 ? 4 : 2) ? CHUNK * 2 / vectors : k;
+    floats sums[8 * MANY] = {0};
+    for (long at = 0; at < k; at += chunk) {
+      const long size = min(chunk, k - at), ahead = chunk == k ? AHEAD : chunk * size_of(type);
+      #define ROWS(TOKENS, EACH) for (; r + EACH <= rows; r += EACH) \
+        few_rows(x + from * padded + at * vectors / 2, padded, w + (row + r) * bytes + at * size_of(type), \
+                 bytes, size, type, EACH, TOKENS, ahead, k - at - ahead / size_of(type), \
+                 ((chunk == k ? EACH : 8) - 1) * bytes, sums + r * MANY);
+      long r = 0;
+      if (left == 1) { ROWS(1, 4) ROWS(1, 1) }
+      else if (left == 2) { ROWS(2, 4) ROWS(2, 1) }
+      else if (left > 4) { ROWS(MANY, 2) ROWS(MANY, 1) }
+      else if (LANES == 16) { ROWS(4, 4) ROWS(4, 1) }
+      else { ROWS(4, 2) ROWS(4, 1) }
+    }
     for (long t = 0; t < left; t++) {
-      __m256 v = _mm256_loadu_ps(to + 8 * t);
+      float to[8] = {0};
+      for (long r = 0; r < rows; r++) to[r] = total(sums[r * MANY + t]);
+      __m256 v = _mm256_loadu_ps(to);
       if (bias) v = _mm256_add_ps(v, load(bias, type, row, rows));
       store(y, type, (from + t) * out + row, rows, v);
     }
@@ -440,7 +243,7 @@ void linear(const char *x, const char *w, const char *bias, char *y, float *scra
     for (long t = 0; t < (tokens + MANY - 1) / MANY * MANY; t++)
       for (long i = 0; i < padded; i += step)
         two_of(x + ((first + t) * k + i) * bytes, type, t < tokens ? min(k - i, step) : 0,
-               (floats *)(scratch + t * padded + i));
+               (floats *)(scratch + t * padded + i / 2 * vectors_of(type)));
     #pragma omp for schedule(guided)
     for (long block = 0; block < (out + 7) / 8; block++) {
       #define LINEAR(TYPE) \
@@ -454,4 +257,4 @@ void linear(const char *x, const char *w, const char *bias, char *y, float *scra
 
 def source(instructions: str) -> str:
     """Return the C file; the compiler's options alone tell AVX512 from AVX2."""
-    return f"{HEAD}enum {{ TILE = {TILE}, PANEL = {PANEL} }};\n{BODY}{BLOCKS}"
+    return f"{HEAD}enum {{ TILE = {TILE}, PANEL = {PANEL}, CHUNK = {CHUNK} }};\n{VECTORS}{ATTENTION}{LAYERS}{BLOCKS}"

@@ -35,13 +35,14 @@ from .transformers_compat import (
 )
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
+    from .attention_cpu_source import TILE  # noqa: F401
     from .blocks_cpu_source import BODY  # noqa: F401
     from .c_library import load  # noqa: F401
     from .chat_template_chatglm import ChatTemplateMixin  # noqa: F401
     from .checkpoint_chatglm import read_checkpoint  # noqa: F401
     from .configuration_chatglm import ChatGLMConfig  # noqa: F401
     from .family_chatglm import find_rope_ratio_type  # noqa: F401
-    from .inference_cpu_source import TILE  # noqa: F401
+    from .inference_cpu_source import PANEL  # noqa: F401
     from .quantization_calibration import calibrate  # noqa: F401
     from .quantization_cpm import linear as linear_cpm  # noqa: F401
     from .quantization_cpu import linear as linear_cpu  # noqa: F401

@@ -115,12 +115,22 @@ enum { LANES = 8, WIDEST_EXACT = 4 };
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t word __attribute__((aligned(1), may_alias));
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 typedef void (*tile)(const uint8_t *, const int8_t *, const int32_t *, const float *, const float *, float *, long);
 
 static inline long min(long a, long b) { return a < b ? a : b; }
 static inline long size_of(int type) { return type == FLOAT32 ? 4 : 2; }
+
+/* The same number, or pair, in all lanes: as integers, because vbroadcastss takes a multiplier's turn in Zen 4. */
+INLINE floats broadcast(const float *a) {
+#ifdef __AVX512F__
+  return (floats)_mm512_set1_epi32(*(const word *)a);
+#else
+  return (floats)_mm256_set1_ps(*a);
+#endif
+}
 
 /* p[i] to p[i + 7] as floats, zeros after the first n. */
 static inline __m256 load(const void *p, int type, long i, long n) {
@@ -325,8 +335,9 @@ INLINE void exact(const float *x, const uint8_t *w, const float *ws, long padded
           const floats f = weight(first, bits, i), s = weight(second, bits, i);
           #pragma GCC unroll 8
           for (int t = 0; t < n; t++) {
-            sum[t][i % parts][0] += f * x[t * padded + k + i];
-            sum[t][i % parts][1] += s * x[t * padded + k + i];
+            const floats number = broadcast(x + t * padded + k + i);
+            sum[t][i % parts][0] += f * number;
+            sum[t][i % parts][1] += s * number;
           }
         }
       }

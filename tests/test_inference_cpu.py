@@ -10,7 +10,7 @@ import mmap
 import pytest
 import torch
 import torch.nn.functional as F
-from chatglm2 import attention_chatglm, inference_cpu
+from chatglm2 import attention_chatglm, c_library, inference_cpu
 from chatglm2.attention_chatglm import choose_attention, eager_attention
 from chatglm2.modeling_chatglm import rotate
 from chatglm2.torch_compat import rms_norm
@@ -32,14 +32,17 @@ def without_gradients():
 
 
 @functools.lru_cache(None)
-def avx2():
-    return c_kernels("avx2", module=inference_cpu)
+def library(kind):
+    return c_kernels(kind, *(c_library.AVX512.values() if kind == "avx512" else ()), module=inference_cpu)
 
 
-@pytest.fixture(params=["avx512 or avx2", "avx2"])
+@pytest.fixture(params=["this CPU's", "avx512", "avx2"])
 def instructions(request, monkeypatch):
-    if request.param == "avx2":
-        loaded = avx2()
+    """Those of this CPU, and of others: avx512 has no product of bfloat16."""
+    if request.param == "avx512" and "avx512_bf16" not in c_library.cpu_flags():
+        pytest.skip("this CPU's instructions are no more than these, or less")
+    if request.param != "this CPU's":
+        loaded = library(request.param)
         monkeypatch.setattr(inference_cpu, "load_library", lambda: loaded)
 
 
@@ -163,8 +166,9 @@ def test_nan_and_inf_propagate(instructions, bad):
     assert y[0, 0].isfinite().all() and y[0, :, :2].isfinite().all() and y[0, 1:, 2:].isnan().all()
 
 
-def test_rows_do_not_depend_on_threads_or_on_other_tokens(instructions):
-    query, key, value = tensors(1, 32, 2, 6, 3000, 128, torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_do_not_depend_on_threads_or_on_other_tokens(instructions, dtype):
+    query, key, value = tensors(1, 32, 2, 6, 3000, 128, dtype)
     mask, before, results = padding(1, 6, 3000), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -288,8 +292,8 @@ def test_rows_that_c_multiplies_faster(monkeypatch):
     most_rows = inference_cpu.most_rows.__wrapped__
     monkeypatch.setattr(inference_cpu, "cpu_flags", lambda: {"avx2"})
     assert most_rows(torch.float16) > 10**6 and most_rows(torch.bfloat16) == 4
-    monkeypatch.setattr(inference_cpu, "cpu_flags", lambda: {"avx2", "avx512_fp16"})
-    assert most_rows(torch.float16) == 64
+    monkeypatch.setattr(inference_cpu, "cpu_flags", lambda: {"avx2", "avx512_fp16", "avx512_bf16"})
+    assert most_rows(torch.float16) == 64 and most_rows(torch.bfloat16) == 32
 
 
 # In the model

@@ -1,0 +1,1 @@
+../../attention_cpu_source.py
