@@ -271,10 +271,9 @@ class Roles:
         end = tokenizer.get_command(f"<|{next_role}|>") if next_role else tokenizer.eos_token_id
         return self.message(tokenizer, "assistant", metadata, answer)[1:], end
 
-    def encoded(self, tokenizer, messages, add_generation_prompt=False, tools=None):
-        """(ids, mask) of a conversation in the form of OpenAI's API; the mask is 1 where an answer is to be learned.
+    def from_openai(self, messages, tools=None):
+        """Messages of OpenAI's API, or of ChatGLM3, as those of ChatGLM3. Raises ValueError for what is not text.
 
-        The token behind an answer belongs to it: </s>, or the next role's, which ends it when the model speaks.
         The role "tool" is ChatGLM3's "observation", "developer" its "system"; `tool_calls` become a message each, and
         `tools` part of the system message.
         """
@@ -282,8 +281,14 @@ class Roles:
         if tools:
             first = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": ""}
             messages = self.offer(tools, first["content"]) + messages
-        messages = self.checked("", messages)
-        ids, mask = tokenizer.get_prefix_tokens(), [0, 0]
+        return self.checked("", messages)
+
+    def encoded(self, tokenizer, messages, add_generation_prompt=False, tools=None):
+        """(ids, mask) of messages for `from_openai`; the mask is 1 where an answer is to be learned.
+
+        The token behind an answer belongs to it: </s>, or the next role's, which ends it when the model speaks.
+        """
+        messages, ids, mask = self.from_openai(messages, tools), tokenizer.get_prefix_tokens(), [0, 0]
         for message in messages:
             own = self.messages(tokenizer, [message])
             learned = int(message["role"] == "assistant")

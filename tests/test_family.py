@@ -5,6 +5,7 @@ Folders are as released, but with the tiny tokenizer; the released one was compa
 
 import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -167,6 +168,22 @@ def test_prompts_are_made_from_messages(three):
     called = {"role": "assistant", "metadata": "f", "content": "```python\ntool_call(x='北京')\n```"}
     want = three.build_chat_input("22", [OFFER, messages[1], called], role="observation")["input_ids"][0].tolist()
     assert three.apply_chat_template(openai, tools=tools, **asked) == want
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
+def test_a_rendered_chat_is_encoded_when_it_is_asked_for(three, monkeypatch):
+    """Text alone is made without ids, and checked at once; its ids are those of the messages as they were."""
+    tools, messages = copy.deepcopy(TOOLS), [{"role": "user", "content": "<|assistant|> 天气"}]
+    ids = three.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+    asked = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(three.tokenizer, "tokenize", lambda text: pytest.fail(f"encoded {text!r}"))
+        text = three.apply_chat_template(messages, **asked)
+        with pytest.raises(ValueError, match="role='robot' is unknown"):
+            three.apply_chat_template([{"role": "robot", "content": "x"}], **asked)
+    messages[0]["content"] = tools[0]["name"] = "changed"
+    for chat in (text, copy.deepcopy(text), pickle.loads(pickle.dumps(text))):
+        assert three(chat, add_special_tokens=False)["input_ids"] == ids
 
 
 @pytest.mark.needs_transformers("4.34", "chat templates")
