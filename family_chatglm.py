@@ -121,6 +121,10 @@ class Rounds:
         """A history of these rounds, (query, text of the answer)."""
         return rounds
 
+    def to_rounds(self, history):
+        """The inverse of `from_rounds`."""
+        return history
+
     def next_role(self, history):
         """Whose turn it is: the user's, or that of a tool that the last message calls."""
         return "user"
@@ -246,10 +250,22 @@ class Roles:
             history.append({"role": self.next_role(history), "content": query})
             for part in text.split("<|assistant|>"):
                 name, _, code = part.strip().partition("\n")
-                called = parameters_in(code) is not None
+                called = parameters_in(code) is not None or name == INTERPRETER and code.strip().startswith("```")
                 content = {"metadata": name.strip(), "content": code.strip()} if called else {"content": part.strip()}
                 history.append({"role": "assistant", **content})
         return history
+
+    def to_rounds(self, history):
+        """The inverse of `from_rounds`: a tool's result is a query, too, and the system message belongs to no round."""
+        rounds = []
+        for message in history:
+            name, content = message.get("metadata"), message["content"]
+            if message["role"] == "assistant":
+                rounds = rounds or [("", [])]
+                rounds[-1][1].append(f"{name}\n {content}" if name else content)
+            elif message["role"] != "system":
+                rounds.append((content, []))
+        return [(query, "<|assistant|>".join(parts)) for query, parts in rounds]
 
     def next_role(self, history):
         """Whose turn it is: the user's, or that of a tool that the last message calls."""
@@ -334,6 +350,7 @@ class Roles:
         return offers_tools(history) and "\n" not in text.rpartition("<|assistant|>")[2]
 
 
+INTERPRETER = "interpreter"  # the tool whose call is code
 OFFER = "Answer the following questions as best as you can. You have access to the following tools:"  # as trained
 
 

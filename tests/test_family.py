@@ -271,6 +271,23 @@ def test_tool_calls(talk):
     }
 
 
+def test_rounds_keep_the_calls(three):
+    """A history as (query, text), as demos save it, and back: text before a call, several calls, code, no answer."""
+    call = {"role": "assistant", "metadata": "f", "content": "```python\ntool_call(x=1)\n```"}
+    code = {"role": "assistant", "metadata": "interpreter", "content": "```python\nprint(1)\n```"}
+    said, result = {"role": "assistant", "content": "我来查。\n好。"}, {"role": "observation", "content": "22"}
+    user, form = {"role": "user", "content": "天气"}, three.conversation
+    for history in (
+        [],
+        [user, said, call, result, call, result, said, user, said],
+        [user, code, result, {"role": "assistant", "content": ""}],
+    ):
+        assert form.from_rounds(form.to_rounds(history)) == history
+    assert form.to_rounds([OFFER, said, user]) == [("", said["content"]), ("天气", "")]
+    text = "interpreter\nis a word."
+    assert form.from_rounds([("x", text)])[1] == {"role": "assistant", "content": text}
+
+
 @pytest.mark.parametrize(
     "code",
     [
