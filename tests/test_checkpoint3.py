@@ -152,6 +152,7 @@ def test_terminal(model, three, capsys):
     args = cli_demo.parse_arguments(["--temperature", "0", "--tools", str(TINY3 / "tools.json")])
     chat = cli_demo.Chat(Conversation(model, three, tools=args.tools, do_sample=False), args)
     for typed, shown in (
+        ("/regenerate", "There is no message yet."),
         (TIMES, json.dumps(CALL)),
         ("/observation 408", "12 乘以 34 等于 408。"),
         ("/regenerate", json.dumps(CALL)),
