@@ -57,9 +57,12 @@ class BlocksInC:
     the modules. `namespace` is that of their file.
     """
 
-    def __init__(self, namespace: dict, *classes: type):
+    def __init__(self, namespace: dict, block: type, attention: type, mlp: type, norm: type, linear: type):
         self.namespace, self.functions = namespace, {name: namespace[name] for name in FUNCTIONS}
-        self.methods = {cls: {k: v for k, v in vars(cls).items() if callable(v)} for cls in (*classes, QuantizedLinear)}
+        self.block, self.attention, self.mlp = (block,), (attention,), (mlp,)  # what may stand in which place
+        self.norm, self.linear = (norm,), (linear, QuantizedLinear)
+        classes = *self.block, *self.attention, *self.mlp, *self.norm, *self.linear
+        self.methods = {cls: {k: v for k, v in vars(cls).items() if callable(v)} for cls in classes}
 
     def __call__(self, blocks: Sequence[nn.Module], x: Tensor, rotary, mask, attend, cache) -> Optional[Tensor]:
         """x (B, T, C) after all blocks, with its keys and values in the cache; None if the modules have to compute it.
@@ -87,17 +90,18 @@ class BlocksInC:
     def compute(self, blocks, x, rotary, mask, layers):
         (B, T, C), arguments, first = x.shape, BlockArguments(x), None
         for i, block in enumerate(blocks):
-            attention, norms, linears = self.parts(block, i)
+            attention, (norm, second), (query_key_value, dense, gate_up, down) = self.parts(block, i)
             shape = attention.num_heads, attention.num_groups, attention.head_dim, attention.scaling
-            shape += linears[-1].in_features, norms[0].eps, getattr(norms[0]._parameters.get("weight"), "dtype", None)
+            shape += down.in_features, norm.eps, getattr(norm._parameters.get("weight"), "dtype", None)
             first = first or shape
-            require(shape == first and norms[1].eps == norms[0].eps)
+            require(shape == first and second.eps == norm.eps)
             H, G, D, scaling, inner, eps, norm_dtype = shape
-            for norm in norms:
-                arguments.add(norm._parameters.get("weight"), (C,), norm_dtype)
-            sizes = (C, (H + 2 * G) * D), (H * D, C), (C, 2 * inner), (inner, C)
-            for linear, size in zip(linears, sizes):
-                arguments.add_linear(linear, *size)
+            arguments.add(norm._parameters.get("weight"), (C,), norm_dtype)
+            arguments.add(second._parameters.get("weight"), (C,), norm_dtype)
+            arguments.add_linear(query_key_value, C, (H + 2 * G) * D)
+            arguments.add_linear(dense, H * D, C)
+            arguments.add_linear(gate_up, C, 2 * inner)
+            arguments.add_linear(down, inner, C)
         require(norm_dtype in TYPES and all(turns(angles, B, T, D) for angles in rotary))
         seen, threads = layers[0].keys.shape[2], arguments.threads
         require(all(layer.keys.shape == layer.values.shape == (B, G, seen, D) for layer in layers))
@@ -127,29 +131,32 @@ class BlocksInC:
 
     def parts(self, block: nn.Module, i: int) -> Tuple[nn.Module, Sequence[nn.Module], Sequence[nn.Module]]:
         """The attention, the norms and the linear layers of block i, which has to compute what the C code does."""
-        parts = self.check(block)
-        attention, norms = parts["self_attention"], (parts["input_layernorm"], parts["post_attention_layernorm"])
-        attention_parts, mlp_parts = self.check(attention), self.check(parts["mlp"])
-        linears = [attention_parts["query_key_value"], attention_parts["dense"]]
-        linears += [mlp_parts["dense_h_to_4h"], mlp_parts["dense_4h_to_h"]]
-        for part in (*norms, *linears):
-            self.check(part)
-        require(not (block.residual_after_norm or parts["dropout"].training or "add" in vars(block)))
+        check = self.check
+        parts = check(block, self.block)._modules.get
+        attention, mlp = check(parts("self_attention"), self.attention), check(parts("mlp"), self.mlp)
+        norms = check(parts("input_layernorm"), self.norm), check(parts("post_attention_layernorm"), self.norm)
+        linears = [attention._modules.get(name) for name in ("query_key_value", "dense")]
+        linears += [mlp._modules.get(name) for name in ("dense_h_to_4h", "dense_4h_to_h")]
+        for linear in linears:
+            check(linear, self.linear)
+        dropout = parts("dropout")
+        require(dropout is not None and not (dropout.training or block.residual_after_norm or "add" in vars(block)))
         require(attention.layer_idx == i and not attention.interleaved)
         return attention, norms, linears
 
     @staticmethod
+    def check(module: Optional[nn.Module], classes: Tuple[type, ...]) -> nn.Module:
+        """The module, if it is of one of these classes and calling it does what its class says."""
+        require(type(module) in classes and not changes_forward(module))
+        return module
+
+    @staticmethod
     def slots(buffers: Sequence[Tensor], x: Tensor) -> List[int]:
         """Where the cache holds a block's keys and values, and their strides in bytes, a struct `slots`."""
-        for buffer in buffers:
-            require(buffer.dtype == x.dtype and buffer.device == x.device and buffer.stride(-1) == 1)
-        strides = [stride * x.element_size() for buffer in buffers for stride in buffer.stride()[:3]]
-        return [*(buffer.data_ptr() for buffer in buffers), *strides]
-
-    def check(self, module: nn.Module) -> Dict[str, nn.Module]:
-        """The module's own modules, if it is of a known class and calling it does what its class says."""
-        require(type(module) in self.methods and not changes_forward(module))
-        return module._modules
+        (keys, values), size = buffers, x.element_size()
+        (*k_strides, k_last), (*v_strides, v_last) = keys.stride(), values.stride()
+        require(k_last == v_last == 1 and keys.is_cpu and values.is_cpu and keys.dtype == values.dtype == x.dtype)
+        return [keys.data_ptr(), values.data_ptr(), *(stride * size for stride in (*k_strides, *v_strides))]
 
 
 @functools.lru_cache(None)
@@ -163,44 +170,51 @@ class BlockArguments:
     """What the C code has to know of each block, its structs `block` as numbers, for inputs like x."""
 
     def __init__(self, x: Tensor):
-        self.x, self.tokens, self.threads = x, x.shape[0] * x.shape[1], torch.get_num_threads()
+        self.dtype, self.tokens, self.threads = x.dtype, x.shape[0] * x.shape[1], torch.get_num_threads()
         self.numbers: List[int] = []
         self.scratch, self.quantized = 0, False  # bytes that the products need; whether a weight is quantized
         self.held: List[Tensor] = []  # another thread may replace the parameters of a quantized layer meanwhile
+        self.ends: Dict[tuple, Tuple[int, ...]] = {}  # see `end`: layers of one kind have the same in every block
 
     def add(self, tensor: Optional[Tensor], shape: Tuple[int, ...], dtype: Optional[torch.dtype]) -> None:
         """The data pointer of a tensor, which has to be a dense one of this shape and dtype."""
-        require(tensor is not None and is_plain(tensor, self.x.device) and tensor.is_contiguous())
-        require(tensor.shape == shape and tensor.dtype == dtype)
+        require(is_plain(tensor) and tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous())
         self.held.append(tensor)
         self.numbers.append(tensor.data_ptr())
 
     def add_linear(self, layer: nn.Module, k: int, out: int) -> None:
         """A linear layer with k inputs, a struct `matrix`."""
-        weights, n, dtype = getattr(layer, "_weights", None), self.tokens, self.x.dtype  # read once: see `Weights`
-        parameters = layer._parameters
-        if weights is None:
-            require(n <= most_rows(dtype))
-            self.add(parameters.get("weight"), (out, k), dtype)
-            self.numbers.append(0)
-            rest, needed, kind = (0, 0, 0, 0), 4 * linear_scratch(n, k), dtype
-        else:
-            scale = parameters.get("weight_scale")
+        weights = layer._weights if type(layer) is QuantizedLinear else None  # once, and first: see `Weights`
+        numbers, parameters = self.numbers, layer._parameters
+        weight, scale, bias = map(parameters.get, ("weight", "weight_scale", "bias"))
+        if weights is not None:
             require(weights.parameters is parameters and weights.layout == "cpu" and scale is not None)
-            self.add(parameters.get("weight"), layout_shape(out, k, layer.bits), torch.int8)
-            kind, size = scale.dtype, layer.group_size
-            require(kind in TYPES)
-            self.add(scale, (out,) if size is None else (out, k // size), kind)
-            groups, group = groups_of(scale, k)
-            rest, needed = (
-                (groups, group, layer.bits, TYPES[kind]),
-                scratch_bytes(n, k, groups, group, self.threads, dtype),
-            )
-            self.quantized = True
-        bias = parameters.get("bias")
-        if bias is None:
-            self.numbers.append(0)
+            bits, size, dtype = layer.bits, layer.group_size, scale.dtype
+            self.add(weight, layout_shape(out, k, bits), torch.int8)
+            self.add(scale, (out,) if size is None else (out, k // size), dtype)
         else:
-            self.add(bias, (out,), kind)
-        self.numbers += [k, out, *rest]
-        self.scratch = max(self.scratch, needed)
+            bits, size, dtype = 0, None, self.dtype
+            self.add(weight, (out, k), dtype)
+            numbers.append(0)
+        if bias is None:
+            numbers.append(0)
+        else:
+            self.add(bias, (out,), dtype)
+        kind = k, out, bits, size, dtype
+        if kind not in self.ends:
+            self.ends[kind] = self.end(k, out, bits, scale)
+        numbers += self.ends[kind]
+
+    def end(self, k: int, out: int, bits: int, scale: Optional[Tensor]) -> Tuple[int, ...]:
+        """The numbers of a struct `matrix` behind its addresses."""
+        n = self.tokens
+        if bits:
+            require(scale.dtype in TYPES)
+            groups, group = groups_of(scale, k)
+            rest = groups, group, bits, TYPES[scale.dtype]
+            needed = scratch_bytes(n, k, groups, group, self.threads, self.dtype)
+        else:
+            require(n <= most_rows(self.dtype))
+            rest, needed = (0, 0, 0, 0), 4 * linear_scratch(n, k)
+        self.scratch, self.quantized = max(self.scratch, needed), self.quantized or bits > 0
+        return (k, out, *rest)

@@ -1,5 +1,6 @@
 """apply_chat_template: messages to ids, and which of them are an answer to learn."""
 
+import copy
 import inspect
 import os
 import re
@@ -21,7 +22,7 @@ class RenderedChat(str):
     none from the tokenizer. Any other string is plain text.
     """
 
-    pieces = None  # what `tokenize` returns, where the text does not tell
+    source = None  # where the text does not tell the ids: the arguments of apply_chat_template that give them
 
 
 class ChatTemplateMixin:
@@ -71,13 +72,13 @@ class ChatTemplateMixin:
                 "return_assistant_tokens_mask=True needs return_dict=True and tokenize=True, and neither "
                 "add_generation_prompt nor continue_final_message."
             )
+        if add_generation_prompt and continued:
+            raise ValueError("add_generation_prompt begins an answer, continue_final_message goes on: pass one.")
         if tokenize and isinstance(self.conversation, Roles):
             if chat_template is not None:
                 raise ValueError("chat_template: ChatGLM3's ids are made from the messages. Pass tokenize=False too.")
             if documents is not None:
                 raise ValueError("documents: ChatGLM3 was not trained with any. Write them into a message.")
-            if add_generation_prompt and continued:
-                raise ValueError("add_generation_prompt begins an answer, continue_final_message goes on: pass one.")
             batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
             rows = conversation if batched else [conversation]
             encode = partial(self.conversation.encoded, self, add_generation_prompt=add_generation_prompt, tools=tools)
@@ -108,9 +109,11 @@ class ChatTemplateMixin:
                 return rendered
             chat = RenderedChat(rendered)
             if isinstance(self.conversation, Roles) and template == self.chat_template and documents is None:
-                options = {"add_generation_prompt": add_generation_prompt, "return_dict": False, **kwargs}
-                ids = self.apply_chat_template(conversation, **options)
-                chat.pieces = self.convert_ids_to_tokens(ids[2:])  # behind [gMASK] sop
+                chat.source = {  # encoded when it is asked for; a copy, as the caller's messages may change
+                    "conversation": copy.deepcopy(self.conversation.from_openai(conversation, tools)),
+                    "add_generation_prompt": add_generation_prompt,
+                    "continue_final_message": bool(continued),
+                }
             return chat
         batched = not isinstance(rendered, str)
         rows = [[text] for text in (rendered if batched else [rendered])]

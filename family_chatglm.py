@@ -121,6 +121,10 @@ class Rounds:
         """A history of these rounds, (query, text of the answer)."""
         return rounds
 
+    def to_rounds(self, history):
+        """The inverse of `from_rounds`."""
+        return history
+
     def next_role(self, history):
         """Whose turn it is: the user's, or that of a tool that the last message calls."""
         return "user"
@@ -246,10 +250,22 @@ class Roles:
             history.append({"role": self.next_role(history), "content": query})
             for part in text.split("<|assistant|>"):
                 name, _, code = part.strip().partition("\n")
-                called = parameters_in(code) is not None
+                called = parameters_in(code) is not None or name == INTERPRETER and code.strip().startswith("```")
                 content = {"metadata": name.strip(), "content": code.strip()} if called else {"content": part.strip()}
                 history.append({"role": "assistant", **content})
         return history
+
+    def to_rounds(self, history):
+        """The inverse of `from_rounds`: a tool's result is a query, too, and the system message belongs to no round."""
+        rounds = []
+        for message in history:
+            name, content = message.get("metadata"), message["content"]
+            if message["role"] == "assistant":
+                rounds = rounds or [("", [])]
+                rounds[-1][1].append(f"{name}\n {content}" if name else content)
+            elif message["role"] != "system":
+                rounds.append((content, []))
+        return [(query, "<|assistant|>".join(parts)) for query, parts in rounds]
 
     def next_role(self, history):
         """Whose turn it is: the user's, or that of a tool that the last message calls."""
@@ -271,10 +287,9 @@ class Roles:
         end = tokenizer.get_command(f"<|{next_role}|>") if next_role else tokenizer.eos_token_id
         return self.message(tokenizer, "assistant", metadata, answer)[1:], end
 
-    def encoded(self, tokenizer, messages, add_generation_prompt=False, tools=None):
-        """(ids, mask) of a conversation in the form of OpenAI's API; the mask is 1 where an answer is to be learned.
+    def from_openai(self, messages, tools=None):
+        """Messages of OpenAI's API, or of ChatGLM3, as those of ChatGLM3. Raises ValueError for what is not text.
 
-        The token behind an answer belongs to it: </s>, or the next role's, which ends it when the model speaks.
         The role "tool" is ChatGLM3's "observation", "developer" its "system"; `tool_calls` become a message each, and
         `tools` part of the system message.
         """
@@ -282,8 +297,14 @@ class Roles:
         if tools:
             first = messages.pop(0) if messages and messages[0]["role"] == "system" else {"content": ""}
             messages = self.offer(tools, first["content"]) + messages
-        messages = self.checked("", messages)
-        ids, mask = tokenizer.get_prefix_tokens(), [0, 0]
+        return self.checked("", messages)
+
+    def encoded(self, tokenizer, messages, add_generation_prompt=False, tools=None):
+        """(ids, mask) of messages for `from_openai`; the mask is 1 where an answer is to be learned.
+
+        The token behind an answer belongs to it: </s>, or the next role's, which ends it when the model speaks.
+        """
+        messages, ids, mask = self.from_openai(messages, tools), tokenizer.get_prefix_tokens(), [0, 0]
         for message in messages:
             own = self.messages(tokenizer, [message])
             learned = int(message["role"] == "assistant")
@@ -329,6 +350,7 @@ class Roles:
         return offers_tools(history) and "\n" not in text.rpartition("<|assistant|>")[2]
 
 
+INTERPRETER = "interpreter"  # the tool whose call is code
 OFFER = "Answer the following questions as best as you can. You have access to the following tools:"  # as trained
 
 

@@ -31,6 +31,7 @@ FUNCTIONS = {  # of the C library, with their arguments
     "blocks": [ADDRESS] * 3,  # see blocks_cpu
 }
 MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
+PLAIN = (Tensor, torch.nn.Parameter)
 MOST_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 4}  # that C was measured to multiply faster
 MOST_PAIRED_ROWS = 32  # the same of bfloat16 with AVX512-BF16
 
@@ -65,10 +66,9 @@ def in_c(kernel, fits):
     return decorate
 
 
-def is_plain(weight: Tensor, device: torch.device) -> bool:
-    """Whether a weight is on this device, not sparse, and not of a subclass, such as a sharded tensor."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.device == device
-    return plain and weight.layout == torch.strided
+def is_plain(weight: Optional[Tensor]) -> bool:
+    """Whether a weight is on the CPU, not sparse, and not of a subclass, such as a sharded tensor."""
+    return type(weight) in PLAIN and weight.is_cpu and weight.layout is torch.strided
 
 
 def c_rms_norm(x: Tensor, shape, weight: Tensor, eps: float) -> Tensor:
@@ -82,7 +82,7 @@ def c_rms_norm(x: Tensor, shape, weight: Tensor, eps: float) -> Tensor:
 
 @functools.partial(in_c, c_rms_norm)
 def rms_norm_in_c(x, shape, weight, eps):
-    return is_plain(weight, x.device) and weight.dtype in TYPES and weight.shape == x.shape[-1:]
+    return is_plain(weight) and weight.dtype in TYPES and weight.shape == x.shape[-1:]
 
 
 rms_norm = rms_norm_in_c(torch_rms_norm)
@@ -156,7 +156,7 @@ def most_rows(dtype: torch.dtype) -> int:
 @functools.partial(in_c, c_linear)
 def linear_in_c(x, weight, bias):
     for t in (weight,) if bias is None else (weight, bias):
-        if not is_plain(t, x.device) or not t.is_contiguous() or t.dtype != x.dtype:
+        if not is_plain(t) or not t.is_contiguous() or t.dtype != x.dtype:
             return False
     fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
     return fits and x.numel() <= most_rows(x.dtype) * x.shape[-1] and autocast_dtype("cpu") is None

@@ -209,8 +209,9 @@ class ChatGLMTokenizer(ChatTemplateMixin, PreTrainedTokenizer):
         """
         if pair is not None or add_special_tokens:
             raise ValueError("tokenize() takes one text and adds no special tokens; call the tokenizer itself for ids.")
-        if getattr(text, "pieces", None):  # a RenderedChat
-            return list(text.pieces)
+        if getattr(text, "source", None):  # a RenderedChat
+            ids = self.apply_chat_template(**text.source, return_dict=False)
+            return self.convert_ids_to_tokens(ids[2:])  # behind [gMASK] sop
         check_unicode(text, "the text")
         parts = self._split_at_added_tokens(text, split_special_tokens)
         return [token for part, _, added in parts for token in ([added] if added else self._tokenize(part))]

@@ -199,7 +199,7 @@ class Chat:
 
     def do_regenerate(self, argument):
         """/regenerate           answer the last message again"""
-        if not self.conversation.history:
+        if not self.conversation.rounds:
             raise ValueError("There is no message yet.")
         self.show(self.conversation.answer_again())
 

@@ -4,7 +4,6 @@ import json
 import time
 from contextlib import closing
 
-from chatglm2.family_chatglm import Roles
 from chatglm2.transformers_compat import crop_cache
 
 
@@ -37,11 +36,8 @@ class Conversation:
 
     @property
     def rounds(self):
-        """[(query, answer)]; what a tool says and is asked is part of the answer."""
-        _, rounds = self.form.split(self.history)
-        if isinstance(self.form, Roles):
-            return [(first["content"], "\n".join(m["content"] for m in rest)) for first, *rest in rounds]
-        return [turn for (turn,) in rounds]
+        """[(query, answer)], for `load`; the call of a tool is an answer, and its result a query."""
+        return self.form.to_rounds(self.history)
 
     def load(self, rounds, system):
         """`restart` from [(query, answer)]."""
@@ -84,8 +80,9 @@ class Conversation:
 
     def answer_again(self):
         """`answer` for the last query; the round stays as it was if the iterator is closed before the first piece."""
-        history, query = self.history, self.rounds[-1][0]
+        history = self.history
         kept, rounds = self.form.split(history)
+        query, _ = self.form.to_rounds(rounds[-1])[0]
         if self.before and self.cache is not None:
             crop_cache(self.cache, self._cached() - self.before)
         else:

@@ -5,6 +5,7 @@ With address and undefined-behavior sanitizers over the C code: see CONTRIBUTING
 
 import copy
 import functools
+import types
 
 import pytest
 import torch
@@ -286,6 +287,21 @@ def swap_blocks(model):
     model.transformer.encoder.layers = torch.nn.ModuleList([blocks[1], blocks[0], blocks[2]])
 
 
+def replace(path, make):
+    """A change that puts another module at this place of a block."""
+    place, _, name = path.rpartition(".")
+    return lambda model: setattr(blocks_of(model)[1].get_submodule(place), name, make())
+
+
+def random_linear():
+    return modeling_chatglm.Linear(64, 64)
+
+
+def other_dropout(model):
+    del blocks_of(model)[1].dropout
+    blocks_of(model)[1].dropout = types.SimpleNamespace(training=False)
+
+
 def set_weight(kind):
     def change(model):
         layer = blocks_of(model)[1].mlp.dense_4h_to_h
@@ -306,6 +322,10 @@ OTHERS = {
     "a forward of its own": replace_mlp_forward,
     "a method of its own": replace_add,
     "a wrapped layer": wrap_linear,
+    "a linear layer for an MLP": replace("mlp", random_linear),
+    "a linear layer for a norm": replace("input_layernorm", random_linear),
+    "a norm for a linear layer": replace("self_attention.dense", lambda: modeling_chatglm.RMSNorm(64, 1e-5)),
+    "a dropout that is no module": other_dropout,
     "norms of two dtypes": lambda model: blocks_of(model)[1].input_layernorm.half(),
     "norms of two epsilons": lambda model: setattr(blocks_of(model)[1].post_attention_layernorm, "eps", 0.1),
     "blocks of two epsilons": lambda model: [setattr(m, "eps", 0.1) for m in blocks_of(model)[2].children()],
@@ -327,6 +347,23 @@ def test_left_to_the_modules(make_model, served, change):
     OTHERS[change](model)
     pair = by_c_and_by_modules(lambda: steps(model))
     assert served == [False] * 4 and all(map(torch.equal, *pair))
+
+
+@pytest.mark.parametrize("path", ["mlp", "self_attention", "mlp.dense_4h_to_h"])
+@pytest.mark.parametrize("what", ["a block", "nothing"])
+def test_errors_are_those_of_the_modules(make_model, what, path):
+    """A block within a block, and an empty place, whose call fails."""
+    model = make_model()
+    cache = prompted(model)
+    replace(path, lambda: blocks_of(make_model())[1] if what == "a block" else None)(model)
+
+    def error():
+        with torch.no_grad(), pytest.raises((AttributeError, TypeError)) as caught:
+            model(some_ids(1, 1), past_key_values=cache)
+        return repr(caught.value)
+
+    by_c, by_modules = by_c_and_by_modules(error)
+    assert by_c == by_modules
 
 
 def test_a_weight_that_is_gone(make_model):

@@ -152,6 +152,7 @@ def test_terminal(model, three, capsys):
     args = cli_demo.parse_arguments(["--temperature", "0", "--tools", str(TINY3 / "tools.json")])
     chat = cli_demo.Chat(Conversation(model, three, tools=args.tools, do_sample=False), args)
     for typed, shown in (
+        ("/regenerate", "There is no message yet."),
         (TIMES, json.dumps(CALL)),
         ("/observation 408", "12 乘以 34 等于 408。"),
         ("/regenerate", json.dumps(CALL)),
@@ -167,6 +168,25 @@ def test_terminal(model, three, capsys):
     assert done.stdout == HELLO + "\n", done.stderr
     done = subprocess.run([*command, "--tools", TINY3 / "tools.json"], input="你好\n", capture_output=True, text=True)
     assert "only ChatGLM3 calls tools" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_saved_conversation_keeps_its_calls(model, three, capsys, tmp_path):
+    """/save and /load in the terminal: the next prompt has the same ids, and the page reads the file, too."""
+    import cli_demo
+    from conversation import Conversation
+    from conversations import read_conversation
+
+    path, prompts = tmp_path / "chat.json", []
+    args = cli_demo.parse_arguments(["--temperature", "0", "--tools", str(TINY3 / "tools.json")])
+    for typed in ((TIMES, "/observation 408", f"/save {path}"), (f"/load {path}",)):
+        chat = cli_demo.Chat(Conversation(model, three, tools=args.tools, do_sample=False), args)
+        for line in typed:
+            chat.take(line)
+        assert capsys.readouterr().out.splitlines()[-1].startswith("2 rounds ")
+        prompts.append(three.conversation.prompt(three, "好", chat.conversation.history))
+    assert prompts[0] == prompts[1] and "calculate" in [m.get("metadata") for m in chat.conversation.history]
+    _, turns = read_conversation(path.read_text(encoding="utf-8"))
+    assert [text.partition("\n")[0] for _, text in turns] == [TIMES, "calculate", "408", "12 乘以 34 等于 408。"]
 
 
 def test_answers_are_read_as_the_server_reads_them(three):

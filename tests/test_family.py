@@ -5,6 +5,7 @@ Folders are as released, but with the tiny tokenizer; the released one was compa
 
 import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -170,6 +171,22 @@ def test_prompts_are_made_from_messages(three):
 
 
 @pytest.mark.needs_transformers("4.34", "chat templates")
+def test_a_rendered_chat_is_encoded_when_it_is_asked_for(three, monkeypatch):
+    """Text alone is made without ids, and checked at once; its ids are those of the messages as they were."""
+    tools, messages = copy.deepcopy(TOOLS), [{"role": "user", "content": "<|assistant|> 天气"}]
+    ids = three.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+    asked = {"tools": tools, "add_generation_prompt": True, "tokenize": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(three.tokenizer, "tokenize", lambda text: pytest.fail(f"encoded {text!r}"))
+        text = three.apply_chat_template(messages, **asked)
+        with pytest.raises(ValueError, match="role='robot' is unknown"):
+            three.apply_chat_template([{"role": "robot", "content": "x"}], **asked)
+    messages[0]["content"] = tools[0]["name"] = "changed"
+    for chat in (text, copy.deepcopy(text), pickle.loads(pickle.dumps(text))):
+        assert three(chat, add_special_tokens=False)["input_ids"] == ids
+
+
+@pytest.mark.needs_transformers("4.34", "chat templates")
 def test_training_on_messages(three):
     """The mask holds each answer without its role's token, and the </s> behind the last."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "好。"}]
@@ -252,6 +269,23 @@ def test_tool_calls(talk):
         "name": "interpreter",
         "content": "```python\nprint(1)\n```",
     }
+
+
+def test_rounds_keep_the_calls(three):
+    """A history as (query, text), as demos save it, and back: text before a call, several calls, code, no answer."""
+    call = {"role": "assistant", "metadata": "f", "content": "```python\ntool_call(x=1)\n```"}
+    code = {"role": "assistant", "metadata": "interpreter", "content": "```python\nprint(1)\n```"}
+    said, result = {"role": "assistant", "content": "我来查。\n好。"}, {"role": "observation", "content": "22"}
+    user, form = {"role": "user", "content": "天气"}, three.conversation
+    for history in (
+        [],
+        [user, said, call, result, call, result, said, user, said],
+        [user, code, result, {"role": "assistant", "content": ""}],
+    ):
+        assert form.from_rounds(form.to_rounds(history)) == history
+    assert form.to_rounds([OFFER, said, user]) == [("", said["content"]), ("天气", "")]
+    text = "interpreter\nis a word."
+    assert form.from_rounds([("x", text)])[1] == {"role": "assistant", "content": text}
 
 
 @pytest.mark.parametrize(
