@@ -245,6 +245,14 @@ def test_empty_messages_are_answered(chatty, tokenizer, query):
     assert streamed == (response, new)
 
 
+@pytest.mark.parametrize("wrong", [None, "你好", object()], ids=["None", "str", "object"])
+def test_a_tokenizer_of_another_kind_is_named(chatty, wrong):
+    """A folder without tokenizer_config.json gives one of transformers' own; arguments may be in the wrong order."""
+    for call in (chatty.chat, chatty.stream_chat, chatty.build_inputs, chatty.build_stream_inputs):
+        with pytest.raises(ValueError, match=f"tokenizer is a builtins.{type(wrong).__name__}, not .* Load it by"):
+            next(iter(call(wrong, "你好", [("你好", "你好！")])))
+
+
 def test_system_prompt(chatty, tokenizer):
     """`system` goes in front of the first round, into no history, and stays in the cache of later rounds."""
     history = [("你好", "你好！")]
