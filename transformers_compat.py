@@ -82,8 +82,11 @@ def take_cache(kwargs, *named):
 
 
 def is_paged(cache):
-    """Whether this is the paged cache of continuous batching, which only transformers' attention functions read."""
-    return VERSION >= (4, 53) and cache is not None and not isinstance(cache, Cache)
+    """Whether this is the paged cache of continuous batching, which only transformers' attention functions read.
+
+    It is told by name: it derives from nothing, like a cache that a caller has written, which is read as any other.
+    """
+    return type(cache).__name__ == "PagedAttentionCache" and not isinstance(cache, Cache)
 
 
 def update_paged(cache, key, value, layer_idx, kwargs):
