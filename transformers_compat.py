@@ -391,21 +391,27 @@ class LineStreamer:
         self.streamer.end()
 
 
+# arguments of `generate` -> the release from which on it takes a cache that is no tuple for them
+NEEDED = {"assistant_model": (4, 40), "penalty_alpha": (4, 40), "prompt_lookup_num_tokens": (4, 42)}
+
+
 class GenerationMixin(transformers.GenerationMixin):
     """transformers' `generate`, which takes the cache under both names on every release."""
 
-    def generate(self, *args, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As in transformers; outputs of `return_dict_in_generate` have both names of the cache."""
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE] = cache
         if isinstance(kwargs.get("streamer"), transformers.TextStreamer):
             kwargs["streamer"] = LineStreamer(kwargs["streamer"])
-        if VERSION < (4, 42) and kwargs.get("prompt_lookup_num_tokens"):  # delete with 4.42
-            raise ValueError("prompt_lookup_num_tokens needs transformers 4.42: upgrade, or leave it out.")
-        if VERSION < (4, 49) and not drafts(kwargs, kwargs.get("generation_config")):
+        settings = generation_config or self.generation_config
+        for name, since in NEEDED.items():  # delete with 4.42
+            if VERSION < since and (kwargs.get(name) or getattr(settings, name, None)):
+                raise ValueError(f"{name} needs transformers {since[0]}.{since[1]}: upgrade, or leave it out.")
+        if VERSION < (4, 49) and not drafts(kwargs, settings):
             kwargs.setdefault("logits_to_keep", 1)  # only for the prompt's last token; delete with 4.49
-        output = super().generate(*args, **kwargs)
+        output = super().generate(inputs, generation_config, *args, **kwargs)
         if isinstance(output, torch.Tensor) or not hasattr(output, CACHE):
             return output
         return with_both_cache_names(type(output))(
