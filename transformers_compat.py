@@ -304,7 +304,16 @@ def transformers_causal_mask(config, x, attention_mask, cache, position_ids, cac
 
 
 class ConfigFallbacks:
-    """`torch_dtype`, the original's name of the dtype, without the warning of newer releases."""
+    """One dtype under both names: `torch_dtype`, the original's, and `dtype`, without the warning of newer releases.
+
+    Before 4.56 a config kept what a newer release had saved as `dtype`, and saved it beside the `torch_dtype` that a
+    later cast had changed; from 4.56 on transformers reads `dtype` where a file has both.
+    """
+
+    def __init__(self, **kwargs):
+        if kwargs.get("torch_dtype") is not None:
+            kwargs.pop("dtype", None)
+        super().__init__(**kwargs)
 
     if VERSION >= (4, 56):
 
@@ -322,6 +331,16 @@ class ConfigFallbacks:
                 kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
             return super().from_dict(config_dict, **kwargs)
 
+    else:
+
+        @property
+        def dtype(self):
+            return self.torch_dtype
+
+        @dtype.setter
+        def dtype(self, dtype):
+            self.torch_dtype = as_dtype(dtype)
+
 
 # ---- the model ------------------------------------------------------------------------------------------------------
 
@@ -331,7 +350,7 @@ class ModelFallbacks:
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):  # the default was float32, the name `torch_dtype`; delete with 5.0
-        stored = getattr(kwargs.get("config"), "dtype", None)  # set by a release that uses this name
+        stored = getattr(kwargs.get("config"), "dtype", None)
         asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or stored or "auto"
         attention = kwargs.pop("attn_implementation", None) if VERSION < (4, 36) else None
         for auto, name in (getattr(kwargs.get("config"), "auto_map", None) or {}).items():
