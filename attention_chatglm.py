@@ -91,12 +91,10 @@ def check_arguments(cache, kwargs):
     With the paged cache of continuous batching, any are allowed: transformers' attention functions take more.
 
     Raises:
-        TypeError: an unknown keyword. ValueError: a cache of tuples.
+        TypeError: an unknown keyword. ValueError: what is no cache, as the tuples of older releases.
     """
-    if isinstance(cache, (tuple, list)):
-        raise ValueError(
-            f"The cache is a {type(cache).__name__} of tensors: pass a transformers.DynamicCache, or None."
-        )
+    if cache is not None and not (is_paged(cache) or hasattr(cache, "get_seq_length")):
+        raise ValueError(f"The cache is a {type(cache).__name__}: pass a transformers.DynamicCache, or None.")
     unknown = [] if is_paged(cache) else [repr(name) for name in kwargs if name not in KEYWORDS]
     if unknown:
         raise TypeError(f"forward() got an unexpected keyword argument {', '.join(unknown)}: is it misspelled?")

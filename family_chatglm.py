@@ -81,6 +81,16 @@ def read_json(folder, name):
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 
+def check_rounds(history):
+    """Raise ValueError for what is no history of rounds: a message, too, would unpack into a query and a response."""
+    if history is not None and not isinstance(history, (list, tuple)):
+        raise ValueError(f"history must be a list of (query, response), got a {type(history).__name__}")
+    for i, turn in enumerate(history or []):
+        pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+        if not pair or not all(isinstance(text, (str, type(None))) for text in turn):
+            raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
+
+
 class Rounds:
     """ChatGLM2 and CodeGeeX2: numbered rounds of text. A history is a list of (query, response)."""
 
@@ -97,12 +107,7 @@ class Rounds:
             raise ValueError(f"role={role!r}: only ChatGLM3 has roles. For a system prompt pass system=.")
         if not isinstance(query, (str, type(None))):
             raise ValueError(f"query must be a string, got {query!r}")
-        if history is not None and not isinstance(history, (list, tuple)):
-            raise ValueError(f"history must be a list of (query, response), got a {type(history).__name__}")
-        for i, turn in enumerate(history or []):
-            pair = isinstance(turn, (list, tuple)) and len(turn) == 2
-            if not pair or not all(isinstance(text, (str, type(None))) for text in turn):
-                raise ValueError(f"history[{i}] must be (query, response), two strings, got {turn!r}")
+        check_rounds(history)
         return [tuple(turn) for turn in history or []]
 
     def offer(self, tools, content=""):
@@ -115,6 +120,7 @@ class Rounds:
 
     def next_round(self, tokenizer, query, history, role="user"):
         """The ids of the new round alone, to follow those of `history`."""
+        check_rounds(history)
         return tokenizer.encode_continuation("\n\n" + tokenizer.build_round(len(history) + 1, query))
 
     def from_rounds(self, rounds):

@@ -122,6 +122,18 @@ def nan_scores_error(model):
     return ValueError(f"The model's scores are all nan: {cause}")
 
 
+def conversation_of(tokenizer):
+    """How `tokenizer` writes a conversation. Raises ValueError if it is none of this package's."""
+    if not hasattr(tokenizer, "conversation"):
+        found = type(tokenizer)
+        raise ValueError(
+            f"tokenizer is a {found.__module__}.{found.__qualname__}, not this package's ChatGLMTokenizer. Load it by "
+            "AutoTokenizer.from_pretrained(folder, trust_remote_code=True), from a folder with this package's "
+            "tokenization_chatglm.py and tokenizer_config.json."
+        )
+    return tokenizer.conversation
+
+
 class ChatMixin:
     """`chat`, `stream_chat` and `stream_generate`, for a model with transformers' `generate`."""
 
@@ -154,9 +166,10 @@ class ChatMixin:
             ChatGLM3 calls a tool, the response is {"name", "parameters"}: pass on the result with role="observation".
 
         Raises:
-            ValueError: a malformed query or history, a prompt that exceeds `seq_length`, or scores that are all nan.
+            ValueError: a tokenizer of another kind, a malformed query or history, a prompt that exceeds `seq_length`,
+                or scores that are all nan.
         """
-        history = tokenizer.conversation.checked(query, history, role)
+        history = conversation_of(tokenizer).checked(query, history, role)
         if (kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError("chat returns one answer: set num_return_sequences=1, or use generate.")
         kept = self._recent_rounds(tokenizer, query, history, max_history_tokens, role)
@@ -185,7 +198,7 @@ class ChatMixin:
             (text so far, history with it[, cache]). Each text extends the previous one and never ends in the middle of
             a character; the last one is complete. A round interrupted before its first text leaves the cache unchanged.
         """
-        history = tokenizer.conversation.checked(query, history, role)
+        history = conversation_of(tokenizer).checked(query, history, role)
         held = 0 if past_key_values is None else past_key_values.get_seq_length()
         if not held:
             kept = self._recent_rounds(tokenizer, query, history, max_history_tokens, role)
@@ -226,14 +239,14 @@ class ChatMixin:
 
     def build_inputs(self, tokenizer, query, history=None, system=None, role="user"):
         """The model's inputs for `query` after `history`: input_ids, attention_mask, position_ids, int [1, T]."""
-        ids = tokenizer.conversation.prompt(tokenizer, query, history or [], role, system)
+        ids = conversation_of(tokenizer).prompt(tokenizer, query, history or [], role, system)
         return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self._input_device())
 
     def build_stream_inputs(self, tokenizer, query, history=None, role="user"):
         """As `build_inputs`, but of the new round alone, to follow a cache that holds `history`."""
         if not history:
             return self.build_inputs(tokenizer, query, role=role)
-        ids = tokenizer.conversation.next_round(tokenizer, query, history, role)
+        ids = conversation_of(tokenizer).next_round(tokenizer, query, history, role)
         return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self._input_device())
 
     def _input_device(self):

@@ -150,8 +150,11 @@ class ChatGLMPreTrainedModel(ModelFallbacks, PreTrainedModel):
 
         Returns:
             The model.
+
+        Raises:
+            ValueError: an unknown device, before anything is changed; and those of `quantization.quantize`.
         """
-        return quantize(self, bits, empty_init=empty_init, device=device, **options)
+        return quantize(self, bits, empty_init=empty_init, device=as_device(device), **options)
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As in transformers; raises ValueError if the embedding or the output layer is quantized."""

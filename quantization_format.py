@@ -22,7 +22,7 @@ CHUNK = 1 << 22  # weights rounded at a time, so that temporaries stay small
 
 def check_bits(bits: int, in_features: int = 2, group_size: Optional[int] = None) -> None:
     """Raise ValueError where rows of `in_features` weights do not fit `bits`, or groups of `group_size`."""
-    if bits not in LIMIT:
+    if type(bits) is not int or bits not in LIMIT:  # 4.0 is in LIMIT, too
         raise ValueError(f"bits={bits!r} is not supported: give 8 or 4 (0 leaves the model unchanged)")
     if bits == 4 and in_features % 2:
         raise ValueError(f"in_features={in_features} is odd, but int4 packs two columns per byte: exclude it by skip=")

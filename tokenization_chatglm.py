@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizer
 
 from .chat_template_chatglm import ChatTemplateMixin
-from .family_chatglm import COMMANDS, Roles, conversation, tokenizer_family
+from .family_chatglm import COMMANDS, Roles, check_rounds, conversation, tokenizer_family
 
 TYPED_COMMAND = re.compile(r"(\[s?MASK\]|\[gMASK\]|(?<=MASK\])(?:sop|eop)|<\|(?:system|user|assistant|observation)\|>)")
 
@@ -408,7 +408,11 @@ class ChatGLMTokenizer(ChatTemplateMixin, PreTrainedTokenizer):
 
         Returns:
             The text; encode it with special tokens to get the model's input.
+
+        Raises:
+            ValueError: a malformed history, or text that cannot be encoded.
         """
+        check_rounds(history)
         past = ""
         for i, (asked, answered) in enumerate(history or [], start=1):
             check_unicode(f"{answered}", f"the response of round {i}")

@@ -82,8 +82,11 @@ def take_cache(kwargs, *named):
 
 
 def is_paged(cache):
-    """Whether this is the paged cache of continuous batching, which only transformers' attention functions read."""
-    return VERSION >= (4, 53) and cache is not None and not isinstance(cache, Cache)
+    """Whether this is the paged cache of continuous batching, which only transformers' attention functions read.
+
+    It is told by name: it derives from nothing, like a cache that a caller has written, which is read as any other.
+    """
+    return type(cache).__name__ == "PagedAttentionCache" and not isinstance(cache, Cache)
 
 
 def update_paged(cache, key, value, layer_idx, kwargs):
@@ -301,7 +304,16 @@ def transformers_causal_mask(config, x, attention_mask, cache, position_ids, cac
 
 
 class ConfigFallbacks:
-    """`torch_dtype`, the original's name of the dtype, without the warning of newer releases."""
+    """One dtype under both names: `torch_dtype`, the original's, and `dtype`, without the warning of newer releases.
+
+    Before 4.56 a config kept what a newer release had saved as `dtype`, and saved it beside the `torch_dtype` that a
+    later cast had changed; from 4.56 on transformers reads `dtype` where a file has both.
+    """
+
+    def __init__(self, **kwargs):
+        if kwargs.get("torch_dtype") is not None:
+            kwargs.pop("dtype", None)
+        super().__init__(**kwargs)
 
     if VERSION >= (4, 56):
 
@@ -319,6 +331,16 @@ class ConfigFallbacks:
                 kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
             return super().from_dict(config_dict, **kwargs)
 
+    else:
+
+        @property
+        def dtype(self):
+            return self.torch_dtype
+
+        @dtype.setter
+        def dtype(self, dtype):
+            self.torch_dtype = as_dtype(dtype)
+
 
 # ---- the model ------------------------------------------------------------------------------------------------------
 
@@ -328,7 +350,7 @@ class ModelFallbacks:
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):  # the default was float32, the name `torch_dtype`; delete with 5.0
-        stored = getattr(kwargs.get("config"), "dtype", None)  # set by a release that uses this name
+        stored = getattr(kwargs.get("config"), "dtype", None)
         asked = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or stored or "auto"
         attention = kwargs.pop("attn_implementation", None) if VERSION < (4, 36) else None
         for auto, name in (getattr(kwargs.get("config"), "auto_map", None) or {}).items():
@@ -388,21 +410,27 @@ class LineStreamer:
         self.streamer.end()
 
 
+# arguments of `generate` -> the release from which on it takes a cache that is no tuple for them
+NEEDED = {"assistant_model": (4, 40), "penalty_alpha": (4, 40), "prompt_lookup_num_tokens": (4, 42)}
+
+
 class GenerationMixin(transformers.GenerationMixin):
     """transformers' `generate`, which takes the cache under both names on every release."""
 
-    def generate(self, *args, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As in transformers; outputs of `return_dict_in_generate` have both names of the cache."""
         cache = take_cache(kwargs)
         if cache is not None:
             kwargs[CACHE] = cache
         if isinstance(kwargs.get("streamer"), transformers.TextStreamer):
             kwargs["streamer"] = LineStreamer(kwargs["streamer"])
-        if VERSION < (4, 42) and kwargs.get("prompt_lookup_num_tokens"):  # delete with 4.42
-            raise ValueError("prompt_lookup_num_tokens needs transformers 4.42: upgrade, or leave it out.")
-        if VERSION < (4, 49) and not drafts(kwargs, kwargs.get("generation_config")):
+        settings = generation_config or self.generation_config
+        for name, since in NEEDED.items():  # delete with 4.42
+            if VERSION < since and (kwargs.get(name) or getattr(settings, name, None)):
+                raise ValueError(f"{name} needs transformers {since[0]}.{since[1]}: upgrade, or leave it out.")
+        if VERSION < (4, 49) and not drafts(kwargs, settings):
             kwargs.setdefault("logits_to_keep", 1)  # only for the prompt's last token; delete with 4.49
-        output = super().generate(*args, **kwargs)
+        output = super().generate(inputs, generation_config, *args, **kwargs)
         if isinstance(output, torch.Tensor) or not hasattr(output, CACHE):
             return output
         return with_both_cache_names(type(output))(

@@ -245,6 +245,14 @@ def test_empty_messages_are_answered(chatty, tokenizer, query):
     assert streamed == (response, new)
 
 
+@pytest.mark.parametrize("wrong", [None, "你好", object()], ids=["None", "str", "object"])
+def test_a_tokenizer_of_another_kind_is_named(chatty, wrong):
+    """A folder without tokenizer_config.json gives one of transformers' own; arguments may be in the wrong order."""
+    for call in (chatty.chat, chatty.stream_chat, chatty.build_inputs, chatty.build_stream_inputs):
+        with pytest.raises(ValueError, match=f"tokenizer is a builtins.{type(wrong).__name__}, not .* Load it by"):
+            next(iter(call(wrong, "你好", [("你好", "你好！")])))
+
+
 def test_system_prompt(chatty, tokenizer):
     """`system` goes in front of the first round, into no history, and stays in the cache of later rounds."""
     history = [("你好", "你好！")]
@@ -275,14 +283,18 @@ def test_temperature_zero_is_greedy(chatty, tokenizer):
         ([("a", "b"), ("c",)], r"history\[1\] must be \(query, response\), two strings, got \('c',\)"),
         ([{"role": "user", "content": "x"}], r"history\[0\] must be .* got \{'role'"),
         ([("a", 3)], r"history\[0\]"),
+        (["ab"], r"history\[0\] must be .* got 'ab'"),
     ],
 )
 def test_malformed_queries_and_histories_are_rejected(chatty, tokenizer, history, message):
-    """The error shows the malformed text or round, and the expected form."""
+    """The error shows the malformed text or round, and the expected form. Two keys would unpack into a round, too."""
     with pytest.raises(ValueError, match="query must be a string, got 3"):
         chatty.chat(tokenizer, 3)
+    for call in (chatty.chat, chatty.stream_chat, chatty.build_inputs, chatty.build_stream_inputs):
+        with pytest.raises(ValueError, match=message):
+            next(iter(call(tokenizer, "你好", history)))
     with pytest.raises(ValueError, match=message):
-        chatty.chat(tokenizer, "你好", history)
+        tokenizer.build_prompt("你好", history)
 
 
 def test_process_response(chatty):

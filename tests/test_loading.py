@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm2.transformers_compat import VERSION
 from conftest import CODE_FILES, ROOT, TINY
@@ -145,6 +146,29 @@ def test_dtype_as_text(released_folder, name, argument):
     for dtype in (name, getattr(torch, name)):
         model = AutoModel.from_pretrained(released_folder, trust_remote_code=True, **{argument: dtype})
         assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
+
+
+@pytest.mark.parametrize("names", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")], ids=" ".join)
+def test_a_cast_is_saved_under_either_name(make_model, tmp_path, names):
+    """Releases from 4.56 on write `dtype`, older ones `torch_dtype`: a file has one, or else the older name counts."""
+    make_model().half().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    for name in ("dtype", "torch_dtype"):
+        stored.pop(name, None)
+    file.write_text(json.dumps({**stored, **dict(zip(names, ("float32", "float16")[-len(names) :]))}))
+
+    def load(**how):
+        model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path, **how)
+        assert model.dtype == model.config.dtype == model.config.torch_dtype
+        return model
+
+    model = load()
+    assert model.dtype == torch.float16
+    model.bfloat16().save_pretrained(tmp_path)
+    stored = json.loads(file.read_text())
+    assert [stored[name] for name in ("dtype", "torch_dtype") if name in stored] == ["bfloat16"]
+    assert load().dtype == load(config=ChatGLMConfig.from_pretrained(tmp_path)).dtype == torch.bfloat16
 
 
 @pytest.mark.needs_transformers("4.31", "saving the code of a model along with it")

@@ -5,10 +5,10 @@ import contextlib
 import pytest
 import torch
 from chatglm2.generation_chatglm import PromptLookup
-from chatglm2.transformers_compat import VERSION, DynamicCache
+from chatglm2.transformers_compat import NEEDED, VERSION, DynamicCache
 from conftest import ANSWERS
 from model_helpers import CLOSE
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 needs_lookup = pytest.mark.needs_transformers("4.42", "prompt lookup with any cache")
 LOOKUP = {"prompt_lookup_num_tokens": 10}
@@ -89,6 +89,21 @@ def test_same_ids_in_fewer_steps(repetitive):
 
 
 @needs_lookup
+@pytest.mark.parametrize("whose", ["the caller's", "the model's"])
+def test_a_generation_config_asks_for_drafts(repetitive, whose):
+    model, ids, settings, steps = repetitive
+    plain = model.generate(ids, **settings)
+    steps.clear()
+    asking = GenerationConfig(pad_token_id=0, **LOOKUP)
+    if whose == "the model's":
+        model.generation_config = asking
+    else:
+        settings["generation_config"] = asking
+    assert torch.equal(model.generate(ids, **settings), plain)
+    assert len(steps) < 40
+
+
+@needs_lookup
 def test_an_interrupted_stream_leaves_no_draft_in_the_cache(repetitive):
     """Wherever it is closed: the cache holds the keys of what was yielded, but for the newest token."""
     model, ids, settings, _ = repetitive
@@ -133,7 +148,18 @@ def test_chat_answers_the_same(tiny_model, tokenizer):
     assert tiny_model.chat(tokenizer, "你好", temperature=1e-3, **LOOKUP)[0] == ANSWERS["你好"]
 
 
-@pytest.mark.skipif(VERSION >= (4, 42), reason="this release has prompt lookup")
-def test_older_releases_refuse_it_by_name(make_model):
-    with pytest.raises(ValueError, match="prompt_lookup_num_tokens needs transformers 4.42"):
-        make_model().generate(torch.tensor([[7, 8, 9]]), **LOOKUP)
+@pytest.mark.skipif(VERSION >= (4, 42), reason="this release has them all")
+@pytest.mark.parametrize(("name", "since"), NEEDED.items(), ids=list(NEEDED))
+def test_older_releases_refuse_by_name(make_model, name, since):
+    """Prompt lookup, drafts by another model, and contrastive search."""
+    model, ids = make_model(), torch.tensor([[7, 8, 9]])
+    given = {"assistant_model": model, "penalty_alpha": 0.6, **LOOKUP}[name]
+    if VERSION >= since:
+        assert model.generate(ids, **{name: given}, max_new_tokens=3, do_sample=False).shape == (1, 6)
+        return
+    message = f"{name} needs transformers {since[0]}.{since[1]}: upgrade"
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, **{name: given})
+    if name != "assistant_model":
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, generation_config=GenerationConfig(**{name: given}))

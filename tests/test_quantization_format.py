@@ -147,6 +147,7 @@ def test_searched_scale_cuts_off_what_stands_out(group_size, most):
     "change, arguments, message",
     [
         (lambda w: w, (3,), "bits=3.*8 or 4"),
+        (lambda w: w, (4.0,), "bits=4.0.*8 or 4"),
         (lambda w: w[:, :7], (4,), "in_features=7 is odd.*skip="),
         (lambda w: w, (4, 3), "group_size=3.*in_features=8"),
         (lambda w: w, (8, 16), "group_size=16.*in_features=8"),

@@ -105,6 +105,7 @@ def test_non_finite_weight_leaves_the_model_unchanged(make_model, value):
     ({"group_size": 64}, "dense: group_size=64 must be even and divide in_features=96"),
     ({"group_size": 64, "empty_init": True}, "dense: group_size=64 must be even and divide in_features=96"),
     ({"output_layer": True}, "output_layer: is wrapped by an adapter"),
+    ({"device": "nonsense"}, "'nonsense' is not a device"),
 ])  # fmt: skip
 def test_errors_are_found_before_the_first_layer_is_quantized(make_model, options, message):
     model = make_model(kv_channels=24)  # query_key_value has 64 inputs, dense 96

@@ -76,8 +76,31 @@ def test_invalid_caches_are_rejected(make_model):
     model, ids = make_model(), some_ids(1, 9)
     with pytest.raises(ValueError, match="Two caches"):
         model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="a tuple of tensors"):
-        model(ids, past_key_values=((torch.zeros(1), torch.zeros(1)),))
+    for wrong in (((torch.zeros(1), torch.zeros(1)),), {}, "static"):
+        with pytest.raises(ValueError, match=f"The cache is a {type(wrong).__name__}: pass a .*DynamicCache"):
+            model(ids, past_key_values=wrong)
+
+
+@torch.no_grad()
+def test_a_cache_that_derives_from_none_of_transformers(make_model):
+    """A script's own one is read and filled like any other."""
+
+    class Own:
+        def __init__(self):
+            self.held = {}
+
+        def get_seq_length(self, layer_idx=0):
+            return self.held[layer_idx][0].shape[2] if layer_idx in self.held else 0
+
+        def update(self, key, value, layer_idx, cache_kwargs=None):
+            past = self.held.get(layer_idx, (key[:, :, :0], value[:, :, :0]))
+            self.held[layer_idx] = tuple(torch.cat(pair, dim=2) for pair in zip(past, (key, value)))
+            return self.held[layer_idx]
+
+    model, ids, cache = make_model(), some_ids(1, 9), Own()
+    steps = [model(part, past_key_values=cache).logits for part in ids.split((5, 3, 1), dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(ids).logits, atol=1e-5, rtol=1e-4)
+    assert cache.get_seq_length() == 9
 
 
 @torch.no_grad()
