@@ -142,7 +142,7 @@ INLINE int vectors_of(int type) { return PAIRED && type == BFLOAT16 ? 1 : 2; }
 /* Numbers 0 to 2 LANES - 1 of `at`: as pairs, or as floats, one half and the other, or the even and the odd ones of
    bfloat16. */
 INLINE void two(const char *at, int type, floats v[2]) {
-  if (vectors_of(type) == 1) v[0] = *(const floats *)at;
+  if (vectors_of(type) == 1) memcpy(v, at, sizeof *v);
   else if (type == BFLOAT16) {
     words pairs;
     memcpy(&pairs, at, sizeof pairs);
