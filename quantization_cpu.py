@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .c_library import ADDRESS, INT, LONG, load
 from .quantization_cpu_avx2 import MOST
-from .quantization_cpu_source import TYPES, WIDEST, source
+from .quantization_cpu_source import PANEL, PANEL_FLOAT32, TYPES, WIDEST, source
 from .quantization_format import Family, Layout, check_finite, check_shape, quantize_weight, without_overflow
 from .quantization_stock import linear as stock_linear
 from .torch_compat import needs_dispatch
@@ -166,8 +166,8 @@ def scratch_bytes(n: int, k: int, groups: int, group: int, threads: int, dtype: 
     """Bytes that the C functions `linear` and, for float32, `linear_float32` need."""
     width, together, tables = _padded(k, GROUP), min(n + 3, MOST), threads * groups * ROWS * 4  # scales, in float32
     if dtype == torch.float32:
-        return tables + 4 * _padded(n, 8) * width
-    inputs = (n + WIDEST) * (width + 8 * (width // group))
+        return tables + 4 * _padded(min(n, PANEL_FLOAT32), 8) * width
+    inputs = (min(n, PANEL) + WIDEST) * (width + 8 * (width // group))
     # `prompt` of AVX2 has 16 bits for an input, and for each thread a strip of weights and sums
     prompt = together * (2 * width + 8 * (width // group)) + threads * (64 * group + 128 + 128 * together)
     return tables + max(inputs, prompt)

@@ -20,6 +20,7 @@ from .quantization_cpu_avx2 import source as avx2_source
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # dtypes as the C code numbers them
 TILES = {"avx512": (1, 2, 4, 8, 12), "avx2": TOKENS}  # tokens per tile, as many as the registers hold
 WIDEST = max(max(tokens) for tokens in TILES.values())
+PANEL, PANEL_FLOAT32 = 516, 128  # tokens that are multiplied at a time: multiples of those of all tiles
 AHEAD = 8192  # prefetch distance in bytes of weights: a sixth faster than hardware prefetching alone
 
 
@@ -261,17 +262,9 @@ static int width(long tokens) { return tokens > 8 ? WIDEST : tokens > 4 ? min(8,
 """
 
 BODY = r"""
-/* y[n][out] = x[n][k] times the weight, plus bias, which has scale's type. groups: weight scales a row; group: inputs
-   that share an activation scale. scratch begins with a table of scales, [groups][32], for each thread: the stack of a
-   thread is too small for one. */
-void linear(const void *x, void *y, const uint8_t *w, const void *scale, const void *bias, char *scratch, long n,
-            long k, long out, long groups, long group, int bits, int xtype, int stype, int threads) {
-#ifdef PROMPT
-  if (bits == 8 && n >= PROMPT) {
-    prompt(x, y, w, scale, bias, scratch, n, k, out, groups, group, xtype, stype, threads);
-    return;
-  }
-#endif
+/* `linear` for at most PANEL tokens. */
+static void panel(const void *x, void *y, const uint8_t *w, const void *scale, const void *bias, char *scratch, long n,
+                  long k, long out, long groups, long group, int bits, int xtype, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, ng = padded / group, blocks = (out + 31) / 32;
   long tiles = (n + WIDEST - 1) / WIDEST, room = n + WIDEST;
   int8_t *q = (int8_t *)scratch + threads * groups * 128;
@@ -301,6 +294,30 @@ void linear(const void *x, void *y, const uint8_t *w, const void *scale, const v
       write_block(sums, bias, stype, y, xtype, from, min(tokens, n - from), out, block);
     }
   }
+}
+
+/* How many of n tokens to multiply at a time, at most `most`: a weight meets the inputs of all of them, which should
+   come from a cache. */
+static long at_a_time(long n, long most, long multiple) {
+  const long panels = n > most ? (n + most - 1) / most : 1, each = (n + panels - 1) / panels;
+  return (each + multiple - 1) / multiple * multiple;
+}
+
+/* y[n][out] = x[n][k] times the weight, plus bias, which has scale's type. groups: weight scales a row; group: inputs
+   that share an activation scale. scratch begins with a table of scales, [groups][32], for each thread: the stack of a
+   thread is too small for one. */
+void linear(const void *x, void *y, const uint8_t *w, const void *scale, const void *bias, char *scratch, long n,
+            long k, long out, long groups, long group, int bits, int xtype, int stype, int threads) {
+#ifdef PROMPT
+  if (bits == 8 && n >= PROMPT) {
+    prompt(x, y, w, scale, bias, scratch, n, k, out, groups, group, xtype, stype, threads);
+    return;
+  }
+#endif
+  const long each = at_a_time(n, PANEL, WIDEST), bytes = size_of(xtype);
+  for (long first = 0; first < n; first += each)
+    panel((const char *)x + first * k * bytes, (char *)y + first * out * bytes, w, scale, bias, scratch,
+          min(each, n - first), k, out, groups, group, bits, xtype, stype, threads);
 }
 
 /* Input number `input` of LANES rows, as floats. Bits within the mantissa stay where they are, under the exponent for
@@ -353,10 +370,10 @@ INLINE void exact(const float *x, const uint8_t *w, const float *ws, long padded
   }
 }
 
-/* The float32 version. Its tiles read whole groups of 128 inputs, and from 3 tokens on a multiple of 8 tokens: scratch
-   has room for x padded to that, behind the tables of scales. */
-void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, float *scratch,
-                    long n, long k, long out, long groups, int bits, int stype, int threads) {
+/* `linear_float32` for at most PANEL_FLOAT32 tokens. Its tiles read whole groups of 128 inputs, and from 3 tokens on a
+   multiple of 8 tokens: scratch has room for x padded to that, behind the tables of scales. */
+static void panel_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias,
+                          float *scratch, long n, long k, long out, long groups, int bits, int stype, int threads) {
   long padded = (k + 127) / 128 * 128, blocks = (out + 31) / 32, per_group = k / groups;
   const long rows = n > 2 ? (n + 7) / 8 * 8 : n;
   if (padded > k || rows > n) {
@@ -383,6 +400,15 @@ void linear_float32(const float *x, float *y, const uint8_t *w, const void *scal
       write_block(sums, bias, stype, y, FLOAT32, from, left, out, block);
     }
   }
+}
+
+/* The float32 version. */
+void linear_float32(const float *x, float *y, const uint8_t *w, const void *scale, const void *bias, float *scratch,
+                    long n, long k, long out, long groups, int bits, int stype, int threads) {
+  const long each = at_a_time(n, PANEL_FLOAT32, 8);
+  for (long first = 0; first < n; first += each)
+    panel_float32(x + first * k, y + first * out, w, scale, bias, scratch, min(each, n - first), k, out, groups, bits,
+                  stype, threads);
 }
 """
 
@@ -490,7 +516,8 @@ void quantize(const char *w, uint8_t *packed, void *scale, long rows, long group
 
 def source(instructions: str) -> str:
     """Return the C file for "avx512" or "avx2": the tiles between the shared parts."""
-    tiles = f"enum {{ WIDEST = {max(TILES[instructions])} }};\n{WIDTH}"
+    sizes = f"WIDEST = {max(TILES[instructions])}, PANEL = {PANEL}, PANEL_FLOAT32 = {PANEL_FLOAT32}"
+    tiles = f"enum {{ {sizes} }};\n{WIDTH}"
     if instructions == "avx2":
         tiles += avx2_source()
     else:
