@@ -230,7 +230,7 @@ def verify(say, processor):
     for record in records:
         for head in (False, True):
             costs = [row for row in record["rows"] if row["int8_head"] == head]
-            name = with_head(f"int{record['settings']['bits']}", {"small_head": head}, say)
+            name = with_head(weights(record["settings"]), {**record["settings"], "small_head": head}, say)
             rows.append([name, f"{costs[0]['ms']} ms", *(f"{row['cost']}x" for row in costs[1:])])
     tokens = [f"{n} tokens" for n in (records[0]["settings"]["tokens"][1:] if records else ())]
     return table(["weights", "1 token", *tokens], rows, records, "verify", say)
@@ -242,8 +242,9 @@ def weights(run, dtype=None):
 
 
 def with_head(name, settings, say):
-    """`name`, and whether the embedding and the output layer are in int8 too."""
-    return f"{name}, {say('with int8 embedding and output layer')}" if settings.get("small_head") else name
+    """`name`, and whether the embedding and the output layer are in int8 too, and other activations than float16."""
+    name += f", {say('with int8 embedding and output layer')}" if settings.get("small_head") else ""
+    return name if settings.get("dtype", name) in (name, "float16") else f"{name}, {settings['dtype']}"
 
 
 SPECIAL = ("small_head", "group_size")  # what makes a run of the quantized benchmark other than plain
