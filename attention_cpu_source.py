@@ -109,7 +109,7 @@ static int attends(const shape *s, const uint8_t *mask, long token, long from, l
   return count == to - from ? ALL : count ? SOME : NONE;
 }
 
-typedef struct {  // keys and values as floats, [TILE][stride], or as pairs; or where the values are
+typedef struct {  // keys and values as floats, [TILE][stride], or as pairs; or where the values, or pairs of keys, are
   const float *keys, *values;
   float *scores, scale;  // scale: of the scores of pairs; otherwise the query has it
   const char *direct, *next_k, *next_v;  // next: where the next tile is
@@ -166,7 +166,7 @@ INLINE void tile_step(const tile_of_keys *tile, long n, long stride, int width, 
 
 /* The softmax of a block of query rows over the keys of one stretch. state: output [panels * lanes][stride], then
    largest and total [panels * lanes]. scratch: the query [panels * lanes][stride], a tile's keys and values
-   [TILE][stride] and scores [TILE][lanes]; of which pairs take half. */
+   [TILE][stride], of which pairs take half, and scores [TILE][lanes]. */
 INLINE void stretch_of(const char *q, const char *k, const char *v, const uint8_t *mask, float scale, const shape *s,
                        long g, long first_row, long rows, long from, long to, int width, long stride, int pairs,
                        float *state, float *scratch) {

@@ -36,7 +36,7 @@ class CompileError(OSError):
 def load(name: str, source: Callable[[str], str], functions: Dict[str, Sequence]) -> Tuple[Optional[ctypes.CDLL], str]:
     """Return (the library, "") or (None, the reason and the remedy in one line).
 
-    The library's `instructions` is what it was compiled for, "avx512" or "avx2".
+    The library's `instructions` is what it was compiled for, "avx512" or "avx2", with the compiler's `options`.
 
     Args:
         name: of the library's file in the cache.
@@ -57,7 +57,7 @@ def load(name: str, source: Callable[[str], str], functions: Dict[str, Sequence]
             path = os.path.join(folder, f"{name}-{key}.so")
             try:
                 library = cached(path, functions) or build(path, text, compiler, flags, functions)
-                library.instructions = kind
+                library.instructions, library.options = kind, flags
                 return library, ""
             except CompileError as error:  # an older compiler may support only the slower instructions
                 reason = str(error)

@@ -33,7 +33,7 @@ FUNCTIONS = {  # of the C library, with their arguments
 MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
 PLAIN = (Tensor, torch.nn.Parameter)
 MOST_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 4}  # that C was measured to multiply faster
-MOST_PAIRED_ROWS = 32  # the same of bfloat16 with AVX512-BF16
+MOST_PAIRED_ROWS = 32  # the same of bfloat16 where the code is compiled for AVX512-BF16
 
 
 @functools.lru_cache(None)
@@ -148,7 +148,7 @@ def most_rows(dtype: torch.dtype) -> int:
     """Rows of x that the C code multiplies faster than torch: in float16 any number, unless the CPU computes in it."""
     if dtype == torch.float16 and "avx512_fp16" not in cpu_flags():
         return sys.maxsize
-    if dtype == torch.bfloat16 and "avx512_bf16" in cpu_flags():
+    if dtype == torch.bfloat16 and "-mavx512bf16" in load_library()[0].options:
         return MOST_PAIRED_ROWS
     return MOST_ROWS[dtype]
 

@@ -179,6 +179,15 @@ def test_broken_compiler_is_a_reason(script, tmp_path, folder):
     assert answer(tmp_path) == "42"
 
 
+@pytest.mark.skipif(len(c_library.instructions()) < 2, reason="there are no slower instructions than this CPU's")
+def test_older_compiler_compiles_for_slower_instructions(tmp_path):
+    """One that does not know the option of the fastest, such as GCC 9 and -mavx512bf16."""
+    path, option = tmp_path / "cc", c_library.instructions()[0][1][-1]
+    path.write_text(f'#!/bin/sh\ncase " $* " in *" {option} "*) echo unknown {option}; exit 1;; esac; exec gcc "$@"\n')
+    path.chmod(0o700)
+    assert answer(tmp_path, CC=str(path)) == "42"
+
+
 @pytest.mark.parametrize("command", ['gcc "', "''", "/nowhere/gcc", "/tmp", b"gcc\xff"])
 def test_CC_that_is_no_compiler(command, tmp_path):
     assert "CC" in answer(tmp_path, CC=command)
