@@ -146,9 +146,10 @@ def linear_scratch(n: int, k: int) -> int:
 @functools.lru_cache(None)
 def most_rows(dtype: torch.dtype) -> int:
     """Rows of x that the C code multiplies faster than torch: in float16 any number, unless the CPU computes in it."""
-    if dtype == torch.float16 and "avx512_fp16" not in cpu_flags():
+    known, options = cpu_flags(), load_library()[0].options
+    if dtype == torch.float16 and "avx512_fp16" not in known:
         return sys.maxsize
-    if dtype == torch.bfloat16 and "-mavx512bf16" in load_library()[0].options:
+    if dtype == torch.bfloat16 and "-mavx512bf16" in options and "amx_bf16" not in known:  # torch takes AMX
         return MOST_PAIRED_ROWS
     return MOST_ROWS[dtype]
 

@@ -302,6 +302,8 @@ def test_rows_that_c_multiplies_faster(monkeypatch):
     assert most_rows(torch.bfloat16) == 4
     loaded = SimpleNamespace(options=("-mavx512bf16",)), ""
     assert most_rows(torch.bfloat16) == 32
+    monkeypatch.setattr(inference_cpu, "cpu_flags", lambda: {"avx512_bf16", "amx_bf16"})  # torch computes in AMX
+    assert most_rows(torch.bfloat16) == 4
 
 
 # In the model
