@@ -271,11 +271,11 @@ static void finish(const float *state, long stretches, long state_size, char *ou
    bytes [B, T, S], or none. scratch: for each thread s->scratch floats, then a state for each block and stretch. */
 void attention(const char *q, const char *k, const char *v, const uint8_t *mask, char *out, float *scratch, float scale,
                const shape *s) {
-  const long group = s->heads / s->groups, all_rows = s->tokens * group, pairs = s->batch * s->groups;
+  const long group = s->heads / s->groups, all_rows = s->tokens * group, sets = s->batch * s->groups;
   const int width = all_rows > LANES ? 2 : 1;
   const long stride = s->size > 128 ? 256 : 128, lanes = width * LANES, block = lanes * PANELS;
   const kernel compute = kernel_for(s, width, stride);
-  const long blocks = (all_rows + block - 1) / block, stretches = s->stretches, units = pairs * blocks;
+  const long blocks = (all_rows + block - 1) / block, stretches = s->stretches, units = sets * blocks;
   const long length = ((s->keys + stretches - 1) / stretches + TILE - 1) / TILE * TILE;
   const long state_size = min(PANELS, (all_rows + lanes - 1) / lanes) * lanes * (stride + 2);
   const long out_batch = s->tokens * s->heads * s->size * size_of(s->q_type);
@@ -285,8 +285,8 @@ void attention(const char *q, const char *k, const char *v, const uint8_t *mask,
     float *own = scratch + omp_get_thread_num() * s->scratch;
     #pragma omp for schedule(dynamic)
     for (long item = 0; item < units * stretches; item++) {
-      const long i = item % stretches, unit = item / stretches, b = unit % pairs / s->groups, g = unit % s->groups;
-      const long first = (blocks - 1 - unit / pairs) * block, rows = min(block, all_rows - first);  // the longest first
+      const long i = item % stretches, unit = item / stretches, b = unit % sets / s->groups, g = unit % s->groups;
+      const long first = (blocks - 1 - unit / sets) * block, rows = min(block, all_rows - first);  // the longest first
       const long all_lanes = (rows + lanes - 1) / lanes * lanes;
       float *state = stretches == 1 ? own : states + item * state_size;
       long to = min(s->keys, (i + 1) * length);
@@ -298,9 +298,9 @@ void attention(const char *q, const char *k, const char *v, const uint8_t *mask,
     }
     #pragma omp for schedule(static)
     for (long unit = 0; unit < (stretches == 1 ? 0 : units); unit++) {
-      const long first = (blocks - 1 - unit / pairs) * block, rows = min(block, all_rows - first);
+      const long first = (blocks - 1 - unit / sets) * block, rows = min(block, all_rows - first);
       finish(states + unit * stretches * state_size, stretches, state_size,
-             out + unit % pairs / s->groups * out_batch, s, unit % s->groups, first, rows, stride,
+             out + unit % sets / s->groups * out_batch, s, unit % s->groups, first, rows, stride,
              (rows + lanes - 1) / lanes * lanes);
     }
   }

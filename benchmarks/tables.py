@@ -243,8 +243,9 @@ def weights(run, dtype=None):
 
 def with_head(name, settings, say):
     """`name`, and whether the embedding and the output layer are in int8 too, and other activations than float16."""
-    name += f", {say('with int8 embedding and output layer')}" if settings.get("small_head") else ""
-    return name if settings.get("dtype", name) in (name, "float16") else f"{name}, {settings['dtype']}"
+    dtype = settings.get("dtype", "float16")
+    parts = [name, say("with int8 embedding and output layer") if settings.get("small_head") else ""]
+    return ", ".join(filter(None, [*parts, "" if dtype in ("float16", name) else dtype]))
 
 
 SPECIAL = ("small_head", "group_size")  # what makes a run of the quantized benchmark other than plain
