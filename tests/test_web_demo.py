@@ -195,22 +195,12 @@ def test_settings_reach_the_model(serve, open_chat):
     """The three sliders and the system prompt."""
     served = serve(endless=False, seconds=0)
     chat = open_chat(served.url)
-    chat.wait_until_connected()  # what comes late may put the defaults back
-    chat.page.locator(".label-wrap").click()
-    values = {"Temperature": "0.5", "Top-p": "0.6", "Max new tokens": "7"}
-    for name, value in values.items():
-        field = chat.page.locator(f"input[type=number][aria-label*='{name}']")
-        field.fill(value)
-        field.press("Tab")
-    chat.page.get_by_label("System prompt").fill(" 请简短回答。\n")
-    sliders = chat.page.locator("input[type=range]")
-    chat.wait_until(
-        lambda: [slider.input_value() for slider in sliders.all()] == [*values.values()], "the sliders do not follow"
-    )
+    chat.open_settings()
+    chat.set({"Temperature": "0.5", "Top-p": "0.6", "Max new tokens": "7", "System prompt": " 请简短回答。\n"})
     chat.ask("hello")
     chat.wait_until(lambda: served.calls and chat.texts("bot"), "no answer")
     chat.wait_until_ready()
-    chat.page.locator("input[type=number][aria-label*='Temperature']").fill("0")
+    chat.set({"Temperature": "0"})
     chat.ask("hello")
     chat.wait_until(lambda: len(served.calls) == 2, "not asked")
     sampled, greedy = (settings for _, _, settings in served.calls)
@@ -260,9 +250,9 @@ def test_export_and_import(serve, open_chat, tmp_path):
     """What one page writes, system prompt included, another reads, and goes on with. A broken file is an error."""
     served = serve(endless=False, seconds=0)
     chat, other = open_chat(served.url), open_chat(served.url)
-    for page in (chat.page, other.page):
-        page.locator(".label-wrap").click()
-    chat.page.get_by_label("System prompt").fill("  请简短回答。")
+    for page in (chat, other):
+        page.open_settings()
+    chat.set({"System prompt": "  请简短回答。"})
     question = "def f():\n    return '<b>😀</b>'"
     chat.ask(question)
     chat.wait_until(lambda: "".join(chat.texts("bot")), "no answer")
@@ -359,7 +349,7 @@ def take_picture_of_the_page(path):
         for i, (query, _) in enumerate(turns, start=1):
             chat.ask(query)
             chat.shows(*turns[:i])
-        chat.page.locator(".label-wrap").click()
+        chat.open_settings()
         chat.page.wait_for_timeout(500)  # the settings unfold
         chat.page.screenshot(path=path)
 

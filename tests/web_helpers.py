@@ -80,6 +80,27 @@ class Chat:
     def press(self, name):
         self.page.get_by_label(name, exact=True).first.click()
 
+    def open_settings(self):
+        self.page.locator(".label-wrap").click()
+
+    def set(self, values):
+        """Types each value into the field whose label has that name, until all stay.
+
+        gradio puts a default back over what is typed within some 20 ms of the unfolding, which no person does.
+        """
+        typed = self.page.locator("textarea, input[type=number]")
+        fields = [(self.page.get_by_label(name).and_(typed), value) for name, value in values.items()]
+
+        def stay():
+            if all(field.input_value() == value for field, value in fields):
+                return True
+            for field, value in fields:
+                field.fill(value)
+                field.press("Tab")
+            return False
+
+        self.wait_until(stay, f"the page does not keep {values}")
+
     def stop(self):
         self.page.locator(".stop-button").click()
 
