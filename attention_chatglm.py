@@ -2,8 +2,9 @@
 
 Shapes: B batch size, T new tokens, S cached and new tokens, H query heads, G key/value groups, D head size.
 
-`eager` and `sdpa` are implemented here, with their mask; on a CPU `sdpa` is the C code of inference_cpu, where that
-serves. Any other `attn_implementation`, and its mask, comes from transformers.
+`eager` and `sdpa` are implemented here, with their mask. Where they serve, `sdpa` is the C code of inference_cpu on a
+CPU, and the Triton kernels of attention_triton on a GPU. Any other `attn_implementation`, and its mask, comes from
+transformers.
 """
 
 from functools import partial
@@ -11,6 +12,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from .attention_triton import attention as attention_in_triton
+from .attention_triton import computes_attention as triton_computes_attention
 from .inference_cpu import attention as attention_in_c
 from .inference_cpu import computes_attention
 from .torch_compat import is_compiling
@@ -104,8 +107,8 @@ def choose_attention(config, x, attention_mask, paged=False, training=False, out
     """Return the attention function for `attn_implementation` and this forward pass.
 
     With the paged cache of continuous batching (`paged`) it always comes from transformers, which can read that cache.
-    With `output_attentions` sdpa is replaced by eager, which takes the same mask; otherwise by the C code, if that
-    computes what x (B, T, C) and its mask ask for.
+    With `output_attentions` sdpa is replaced by eager, which takes the same mask; otherwise by the C code or the Triton
+    kernels, if those compute what x (B, T, C) and its mask ask for.
 
     Raises:
         ValueError: `output_attentions` with a function of transformers.
@@ -118,8 +121,11 @@ def choose_attention(config, x, attention_mask, paged=False, training=False, out
         )
     if output_attentions:
         return eager_attention
-    if name == "sdpa" and not (paged or dropout) and computes_attention(config.kv_channels, x, attention_mask):
-        return cpu_attention
+    if name == "sdpa" and not (paged or dropout):
+        if computes_attention(config.kv_channels, x, attention_mask):
+            return cpu_attention
+        if triton_computes_attention(x, attention_mask):
+            return attention_in_triton
     return (None if paged else OWN_ATTENTION.get(name)) or ALL_ATTENTION_FUNCTIONS[name]
 
 

@@ -15,6 +15,7 @@ cache.
 import argparse
 import contextlib
 import cProfile
+import functools
 import importlib
 import importlib.util
 import io
@@ -30,14 +31,18 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 from pathlib import Path
 
 import torch
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU does not start CUDA, which a fork may not inherit
+if "--dry" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 from common import (  # noqa: E402
     CACHE,
     ROOT,
+    attention_triton,
     cache_bytes,
     filled_cache,
     glm_of,
@@ -502,14 +507,16 @@ TILES = {  # kernel, rows that are timed: candidates beside the tile in use
 
 @torch.inference_mode()
 def tune(run):
-    """GPU microseconds, for each layer, of other ways than `quantization_triton` goes: tiles, kernels, borders."""
-    if run.dry:
-        return run.say("needs a GPU", kernels=len(TILES))
-    for bits in (4, 8):
+    """GPU microseconds of other ways than the kernels go: tiles, kernels and borders for each layer; attention."""
+    for bits in () if run.dry else (4, 8):
         held = {name: layer_copies(run, name, bits) for name in LAYERS}
         for (kernel, rows), tiles in TILES.items():
             run.attempt(f"{kernel}, int{bits}, {rows} rows", tune_tiles, held, kernel, rows, tiles)
         run.attempt(f"other kernels, int{bits}", tune_kernels, held)
+    held = None  # free it
+    steps = (1, 1024, 512), (1, 8448, 512), (1, 8448, 8192), (1, 32768, 32000), (8, 8448, 8192)
+    for tokens, room, filled in ((1, 192, 140),) if run.dry else steps:
+        run.attempt(f"attention, {tokens} of {filled} tokens, room of {room}", tune_attention, tokens, room, filled)
 
 
 def triton_times(run, held, rows, **changes):
@@ -545,6 +552,41 @@ def tune_kernels(run, held):
     for size in (16, 64, 128):
         result[f"dequantize, 2048 rows, pieces of {size} MB"] = triton_times(run, held, 2048, PIECE=size << 20)
     return result
+
+
+def tune_attention(run, tokens, room, filled):
+    """GPU microseconds of one layer's attention under a mask: by the kernels in use, in other ways, and by torch."""
+    like = {"device": run.device, "dtype": torch.float16}
+    query, copies = torch.randn(1, 32, tokens, 128, **like), 1 if run.dry else max(2, -(-(256 << 20) // (room * 1024)))
+    layers = [torch.randn(2, 1, 2, room, 128, **like) for _ in range(copies)]
+    mask = torch.arange(room) <= torch.arange(filled - tokens, filled)[:, None]
+    mask, scaling, roof = mask[None, None].to(run.device), 128**-0.5, run.bandwidth()
+    processors = 2 if run.dry else attention_triton.multiprocessors(query.device)
+
+    def times(attend, *args, **changes):
+        with unittest.mock.patch.multiple(attention_triton, **{"KEYS": attention_triton.KEYS, **changes}):
+            attention_triton.constants.cache_clear()
+            work = captured(lambda: [attend(query, *layer, mask, scaling, *args) for layer in layers], run.device)
+            seconds = call_seconds(work, run.device, 2, 5)[0] / copies
+        attention_triton.constants.cache_clear()
+        return {"us": round(1e6 * seconds, 1), "read": round(filled * 1024 / seconds / roof, 2)}
+
+    by_triton, options = attention_triton.by_triton, attention_triton.OPTIONS
+    ways = {"in use": (by_triton, processors), "torch": (attention_triton.by_torch,)}
+    ways |= {f"{n:g} times the programs": (by_triton, int(n * processors)) for n in (0.5, 2)}
+    ways = {name: functools.partial(times, *way) for name, way in ways.items()}
+    for name, change in ("8 warps", {"num_warps": 8}), ("1 stage", {"num_stages": 1}), ("3 stages", {"num_stages": 3}):
+        ways[name] = functools.partial(times, by_triton, processors, OPTIONS={**options, **change})
+    for keys in (32, 128):
+        ways[f"{keys} keys at a time"] = functools.partial(times, by_triton, processors, KEYS=keys)
+    return {name: attempt(way) for name, way in ways.items()}
+
+
+def attempt(measure):
+    try:
+        return measure()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
 
 
 def generate(run):

@@ -1,11 +1,14 @@
-"""The GPU kernels and attention on a GPU; test_quantization_triton.py and test_quantization_cpm.py need none."""
+"""The GPU kernels and attention on a GPU; test_quantization_triton.py and others like it need none."""
 
 import pytest
 import torch
-from chatglm2 import quantization_cpm, quantization_triton
+from chatglm2 import attention_triton, quantization_cpm, quantization_triton
 from chatglm2.attention_chatglm import eager_attention, sdpa_attention
 from chatglm2.quantization import QuantizedLinear
 from quantization_helpers import CUDA, FLOAT32_SUM, HALF_ULP, error, make
+from test_attention_triton import CASES as MASKED
+from test_attention_triton import errors
+from test_attention_triton import make as make_masked
 from test_quantization_triton import CASES, tolerance
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -84,3 +87,33 @@ def test_sdpa_matches_eager_on_a_gpu(dtype, length, seen):
     given = None if length == 1 or not seen else mask
     got, _ = sdpa_attention(module, query.to(dtype), key.to(dtype), value.to(dtype), given, 128**-0.5)
     assert (got - wanted).norm() <= 2 * (reference - wanted).norm()
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_attention_under_a_mask(name):
+    *tensors, mask = on_card(make_masked(name))
+    if not attention_triton.runs(tensors[0].dtype, CUDA):
+        pytest.skip("the kernels need tensor cores")
+    scaling = tensors[0].shape[-1] ** -0.5
+    output = attention_triton.masked_attention(*tensors, mask, scaling)
+    assert torch.equal(output, attention_triton.masked_attention(*tensors, mask, scaling))
+    error, eager = errors(name, output)
+    assert error <= 1.2 * eager
+
+
+def test_attention_under_a_mask_replays_in_a_cuda_graph():
+    """As a compiled step with a static cache: the graph reads the mask of each replay."""
+    query, key, value, mask = on_card(make_masked("one token; static cache; float16"))
+    mask = mask.expand(2, 1, 1, -1).clone()
+    with torch.inference_mode():
+        for _ in range(3):
+            attention_triton.masked_attention(query, key, value, mask, 128**-0.5)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = attention_triton.masked_attention(query, key, value, mask, 128**-0.5)
+        mask[..., :150] = True
+        graph.replay()
+        want = attention_triton.masked_attention(query, key, value, mask, 128**-0.5)
+    assert torch.equal(output, want)
+    reference, _ = eager_attention(torch.nn.Module(), query, key, value, mask, 128**-0.5)
+    assert (output - reference).norm() < 2e-3 * reference.norm()

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from test_quantization_triton import triton_version
 
 
 @pytest.mark.needs_transformers("4.57", "StaticCache with the arguments of today")
@@ -18,7 +19,8 @@ def test_every_stage_runs(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert not [line for line in lines if "error" in json.dumps(line) and line["stage"] != "env"]
+    failure = "rror" if triton_version >= (3, 4) else "error"  # without Triton, its kernels alone fail
+    assert not [line for line in lines if failure in json.dumps(line) and line["stage"] != "env"]
     assert {line["stage"] for line in lines} == {
         "env", "tests", "answers", "memory", "profile", "graph", "layers", "prefill", "tune", "generate"
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """finetune/: a run that is killed within a save (SIGKILL) leaves whole checkpoints, and resumes from the newest."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -14,8 +15,12 @@ from transformers import TrainerCallback
 
 pytestmark = [
     pytest.mark.needs_transformers("4.57.0", "the Trainer that the scripts were written for"),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no os.fork"),
+    pytest.mark.skipif(
+        "forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no SIGKILL on this system"
+    ),
 ]
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__, "transformers.trainer", "peft"])
 FILE = ROOT / "finetune" / "messages.jsonl"
 METHODS = {"prefix": PREFIX, "lora": LORA, "full": FULL}
 OPTIONS = ["--max_steps", "3", "--save_steps", "1", "--logging_steps", "1", "--per_device_train_batch_size", "1"]
@@ -72,40 +77,42 @@ class AtStepTwo(TrainerCallback):
             self.call()
 
 
-def run_and_kill(output, method, moment):
-    """Train in a child process up to that moment of the second save."""
-    trainer, _ = prepare(FILE, output, *method, *OPTIONS, "--save_total_limit", "1")
-    trainer.add_callback(AtStepTwo(lambda: moment(trainer)))
-    child = os.fork()
-    if child == 0:
-        try:
-            trainer.train()
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+def train_until(output, method, moment):
+    """Train, up to that moment of the second save."""
+    trainer, _ = prepare(FILE, output, *METHODS[method], *OPTIONS, "--save_total_limit", "1")
+    trainer.add_callback(AtStepTwo(lambda: MOMENTS[moment][0](trainer)))
+    trainer.train()
+
+
+def run_and_kill(*arguments):
+    """`train_until` in a process of its own. It is no copy of this one, whose threads of autograd it would lack."""
+    process = PROCESSES.Process(target=train_until, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def uninterrupted(request, tmp_path_factory):
-    """(method, the losses of a run that nothing interrupts)."""
+    """(name of the method, the losses of a run that nothing interrupts)."""
     if request.param == "lora":
         pytest.importorskip("peft")
-    method = METHODS[request.param]
-    trainer, _ = prepare(FILE, tmp_path_factory.mktemp("whole"), *method, *OPTIONS, "--save_strategy", "no")
+    output = tmp_path_factory.mktemp("whole")
+    trainer, _ = prepare(FILE, output, *METHODS[request.param], *OPTIONS, "--save_strategy", "no")
     trainer.train()
-    return method, losses(trainer)
+    return request.param, losses(trainer)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_resumes_from_the_newest_whole_checkpoint(uninterrupted, moment, tmp_path, capfd):
     method, want = uninterrupted
-    if method != PREFIX and not moment.startswith("within"):
+    if method != "prefix" and not moment.startswith("within"):
         pytest.skip("as with a prefix")
-    call, whole, broken = MOMENTS[moment]
-    run_and_kill(tmp_path, method, call)
+    _, whole, broken = MOMENTS[moment]
+    run_and_kill(tmp_path, method, moment)
     assert [path.name for path in train.checkpoints_in(tmp_path)] == [f"checkpoint-{whole}"]
     capfd.readouterr()
-    again = [*method, *OPTIONS, "--save_total_limit", "1", "--resume_from_checkpoint", "true"]
+    again = [*METHODS[method], *OPTIONS, "--save_total_limit", "1", "--resume_from_checkpoint", "true"]
     trainer, checkpoint = prepare(FILE, tmp_path, *again)
     assert checkpoint == str(tmp_path / f"checkpoint-{whole}")
     skipped = f"skipped {tmp_path}/_partial/checkpoint-{broken}, which is not whole: its run was killed"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from chatglm2 import quantization_triton
 from conftest import ROOT
-from quantization_helpers import CUDA, FLOAT32_SUM, HALF_ULP, error, make
+from quantization_helpers import CUDA, FLOAT32_SUM, HALF_ULP, error, make, multiply_bfloat16_in_the_interpreter
 from triton_compile import compile_triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -81,21 +81,7 @@ def tolerance(name):
 
 def interpret() -> dict:
     """Return {case: error} and results of edge cases. Runs with TRITON_INTERPRET=1."""
-    import numpy
-    import triton.language
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    original = InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, *rest):  # the interpreter stores bfloat16 as its bits, and would multiply those
-        def widen(handle):
-            if handle.dtype.scalar != triton.language.bfloat16:
-                return handle
-            return TensorHandle((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), triton.language.float32)
-
-        return original(self, widen(a), widen(b), *rest)
-
-    InterpreterBuilder.create_dot = create_dot
+    multiply_bfloat16_in_the_interpreter()
     results = {}
     tile_for = quantization_triton.tile_for
     for name, case in CASES.items():
