@@ -1,7 +1,8 @@
 """The only file that depends on the version of torch, from 2.0 on.
 
-The float model needs only torch 2.0. `torch.compile` with a static cache was tested on 2.13 only. The op of int8 and
-int4 layers is part of compiled graphs from 2.4 on (`torch.library.custom_op`); before, it causes a graph break.
+The float model needs only torch 2.0. `torch.compile` with a static cache was tested on 2.13 and 2.14 only. The ops of
+the package are parts of compiled graphs from 2.4 on (`torch.library.custom_op`); before, int8 and int4 layers cause a
+graph break.
 """
 
 import contextlib
