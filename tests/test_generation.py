@@ -89,14 +89,13 @@ def test_generate_from_embeddings(make_model):
     assert torch.equal(new[:, -5:], model.generate(ids, max_new_tokens=5, do_sample=False)[:, -5:])
 
 
-@pytest.mark.needs_transformers("4.57", "a static cache that counts its own tokens while compiled")
-@pytest.mark.parametrize("bits", [0, 4])
-def test_static_decoding_compiles_once(make_model, bits):
-    """generate(cache_implementation="static") compiles one full graph and never recompiles as the answer grows."""
+@pytest.fixture
+def compiling():
+    """(arguments of generate that compile a step with a static cache, the graphs that it makes)."""
     from transformers import CompileConfig
 
     torch._dynamo.reset()
-    model, ids, graphs = make_model().quantize(bits), some_ids(), []
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -104,10 +103,30 @@ def test_static_decoding_compiles_once(make_model, bits):
 
     compile_config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
     compile_config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compile_config}, graphs
+
+
+@pytest.mark.needs_transformers("4.57", "a static cache that counts its own tokens while compiled")
+@pytest.mark.parametrize("bits", [0, 4])
+def test_static_decoding_compiles_once(make_model, compiling, bits):
+    """generate(cache_implementation="static") compiles one full graph and never recompiles as the answer grows."""
+    model, ids, (options, graphs) = make_model().quantize(bits), some_ids(), compiling
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
-    compiled = model.generate(ids, cache_implementation="static", compile_config=compile_config, **settings)
+    compiled = model.generate(ids, **options, **settings)
     assert len(graphs) == 1
     assert torch.equal(compiled, model.generate(ids, **settings))
+
+
+@pytest.mark.needs_transformers("4.57", "a static cache that counts its own tokens while compiled")
+def test_rounds_of_a_compiled_chat_share_one_graph(tiny_model, tokenizer, compiling):
+    """Every round has the room of max_length, so none but the first waits for the compiler."""
+    options, graphs = compiling
+    first, history = tiny_model.chat(tokenizer, "what is the sun", temperature=0, **options)
+    second, _ = tiny_model.chat(tokenizer, "how old is it", history, temperature=0, **options)
+    *_, (streamed, _) = tiny_model.stream_chat(tokenizer, "how old is it", history, temperature=0, **options)
+    assert len(graphs) == 1
+    assert first == tiny_model.chat(tokenizer, "what is the sun", temperature=0)[0]
+    assert second == streamed == tiny_model.chat(tokenizer, "how old is it", history, temperature=0)[0]
 
 
 @torch.no_grad()
