@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Optional
+from typing import Optional, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,7 @@ if not HAS_OP:
     op = masked_attention
 else:
     if not hasattr(torch.ops.chatglm, "masked_attention"):  # the Hugging Face loader may import this file twice
+        masked_attention.__annotations__ = get_type_hints(masked_attention)  # torch 2.4 takes types, not their names
         _op = torch.library.custom_op("chatglm::masked_attention", masked_attention, mutates_args=())
         _op.register_fake(lambda query, *_: query.new_empty(query.transpose(1, 2).shape))
     op = torch.ops.chatglm.masked_attention

@@ -132,6 +132,11 @@ def test_which_forward_passes_it_computes():
         assert not computes(x, mask)
 
 
+def test_the_op_can_be_defined_by_torch_2_4():
+    """Its `custom_op` reads types, and no names of types."""
+    assert all(isinstance(kind, type) for kind in attention_triton.masked_attention.__annotations__.values())
+
+
 @pytest.mark.skipif(not attention_triton.HAS_OP, reason="torch.library.custom_op came with torch 2.4")
 @pytest.mark.needs_transformers("4.57", "StaticCache with the arguments of today")
 def test_a_compiled_step_calls_the_op(make_model, monkeypatch):
