@@ -19,7 +19,6 @@ if __name__ == "__main__":  # until the chat begins, Ctrl-C ends the program wit
 
 import argparse
 import contextlib
-import json
 import sys
 from pathlib import Path
 
@@ -30,7 +29,7 @@ with importing("chat"):
     import torch
     from checkpoints import TINY, held_in
     from conversation import Conversation
-    from conversations import read_conversation, rounds_of
+    from conversations import read_conversation, rounds_of, written
     from line_input import LineInput
     from options import SETTINGS, chat_parser, load_or_exit, sampling
 
@@ -175,10 +174,7 @@ class Chat:
         chat, path = self.conversation, self.file(argument)
         if path.exists() and path != self.path:
             raise ValueError(f"{path} exists: give another name.")
-        messages = [{"role": "system", "content": chat.system}] if chat.system else []
-        for query, answer in chat.rounds:
-            messages += [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
-        path.write_text(json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        path.write_text(written(chat.form, chat.history, chat.system), encoding="utf-8")
         self.path = path
         write(f"{count(len(chat.rounds), 'round')} in {path}\n")
 

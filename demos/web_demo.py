@@ -22,7 +22,7 @@ with importing("web"):
     import gradio as gr
     from chatglm2.tokenization_chatglm import check_unicode
     from checkpoints import TINY, held_in
-    from conversations import read_conversation, rounds_of
+    from conversations import read_conversation, rounds_of, written
     from options import chat_parser, load_or_exit
     from sessions import Sessions
     from starlette.middleware import Middleware
@@ -65,11 +65,8 @@ LATEX = [  # ChatGLM2 mostly writes the last; two prices in dollars on one line 
 EXAMPLES = ["你好", "讲个笑话", "Hello", "what is the sun"]  # the tiny checkpoint knows their answers
 
 # The file never reaches the server's disk: the browser writes it, and sends its text when it is read.
-EXPORT = """(messages, system) => {
-    const text = ({content}) => typeof content === "string" ? content : content.map(part => part.text ?? "").join("");
-    const all = messages.map(message => ({role: message.role, content: text(message)}));
-    if (system) all.unshift({role: "system", content: system});
-    const blob = new Blob([JSON.stringify({messages: all}) + "\\n"], {type: "application/json"});
+DOWNLOAD = """text => {
+    const blob = new Blob([text], {type: "application/json"});
     Object.assign(document.createElement("a"), {download: "chat.json", href: URL.createObjectURL(blob)}).click();
 }"""
 IMPORT = """() => new Promise(resolve => {
@@ -194,6 +191,13 @@ def build(sessions, args):
         box = gr.Textbox(interactive=True, submit_btn=True, stop_btn=False)
         return conversation, box, False, gr.Button(interactive=True)
 
+    def export(messages, system):
+        form, turns = sessions.tokenizer.conversation, [(message["role"], text_of(message)) for message in messages]
+        opening = form.offer(sessions.tools, system.strip()) if sessions.tools else []
+        question = turns[-1][1] if turns and turns[-1][0] == "user" else None
+        history = [*opening, *form.from_rounds(rounds_of(turns))]
+        return written(form, history, "" if opening else system, question)
+
     def load(text: Optional[str]):
         if text is None:  # the dialog was closed
             return gr.skip(), gr.skip()
@@ -229,7 +233,7 @@ def build(sessions, args):
                 max_new_tokens = gr.Slider(1, longest, limit, step=1, label=LABELS("max_new_tokens"))
             with gr.Row():
                 save, read = gr.Button(LABELS("export"), size="sm"), gr.Button(LABELS("import"), size="sm")
-        read_text = gr.Textbox(visible=False)
+        text = gr.Textbox(visible=False)  # of a file
 
         # Text that arrives after "Clear", before the model stops, restores the conversation: `ready`, which runs last,
         # has to empty the page again.
@@ -261,8 +265,8 @@ def build(sessions, args):
         box.stop(None, cancels=answers)
         chatbot.clear(None, None, [cleared, status], js="() => [true, '']", cancels=answers)
         chatbot.clear(forget, **hidden)
-        save.click(None, [chatbot, system], js=EXPORT)
-        read.click(load, read_text, [chatbot, system], js=IMPORT, **hidden)
+        save.click(export, [chatbot, system], text, **hidden).success(None, text, js=DOWNLOAD)
+        read.click(load, text, [chatbot, system], js=IMPORT, **hidden)
         page.unload(forget)
     return page
 

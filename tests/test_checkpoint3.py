@@ -171,7 +171,7 @@ def test_terminal(model, three, capsys):
 
 
 def test_a_saved_conversation_keeps_its_calls(model, three, capsys, tmp_path):
-    """/save and /load in the terminal: the next prompt has the same ids, and the page reads the file, too."""
+    """/save and /load: the next prompt has the same ids. The page and fine-tuning read the file, too."""
     import cli_demo
     from conversation import Conversation
     from conversations import read_conversation
@@ -185,8 +185,13 @@ def test_a_saved_conversation_keeps_its_calls(model, three, capsys, tmp_path):
         assert capsys.readouterr().out.splitlines()[-1].startswith("2 rounds ")
         prompts.append(three.conversation.prompt(three, "好", chat.conversation.history))
     assert prompts[0] == prompts[1] and "calculate" in [m.get("metadata") for m in chat.conversation.history]
-    _, turns = read_conversation(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    system, turns = read_conversation(text)
+    assert system == ""
     assert [text.partition("\n")[0] for _, text in turns] == [TIMES, "calculate", "408", "12 乘以 34 等于 408。"]
+    learned = rounds_of_messages(1, json.loads(text)["messages"], three.conversation.roles)
+    assert [(each.metadata, each.next_role) for each in learned] == [("calculate", "observation"), ("", None)]
+    assert learned[0].messages[0]["tools"] == args.tools
 
 
 def test_answers_are_read_as_the_server_reads_them(three):

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from conversations import read_conversation
+from chatglm2.family_chatglm import Roles, Rounds
+from conversations import read_conversation, rounds_of, written
 
 
 def test_a_conversation_is_read():
@@ -16,6 +17,22 @@ def test_a_conversation_is_read():
     assert read_conversation('{"messages": []}') == ("", [])
 
 
+@pytest.mark.parametrize("system", ["", "请简短。"])
+def test_what_is_written_is_read(system):
+    """ChatGLM2's rounds; ChatGLM3's messages, with text in front of a call, its result, and a last question."""
+    turns = [("user", "a"), ("assistant", "b\n"), ("user", "c")]
+    assert read_conversation(written(Rounds(), [("a", "b\n")], system, "c")) == (system, turns)
+    form, call = Roles(), "```python\ntool_call(x=1)\n```"
+    history = form.offer([{"name": "f"}], system) + form.from_rounds([("a", f"I ask.<|assistant|>f\n {call}")])
+    text = written(form, history, question="2")
+    assert [message["role"] for message in json.loads(text)["messages"]] == [
+        "system", "user", "assistant", "assistant", "observation"
+    ]  # fmt: skip
+    read, turns = read_conversation(text)
+    assert (read, turns) == (system, [("user", "a"), ("assistant", f"I ask.<|assistant|>f\n {call}"), ("user", "2")])
+    assert history[1:] == form.from_rounds(rounds_of(turns))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -25,8 +42,9 @@ def test_a_conversation_is_read():
         ('{"messages": 1}', "Not a conversation"),
         ('{"messages": [{"role": "user"}]}', "Not a conversation"),
         ('{"messages": [["user", "a"]]}', "Not a conversation"),
+        ('{"messages": [{"role": "assistant", "content": "a", "metadata": 1}]}', "metadata must be text"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', r"messages\[0\]: the role 'tool'"),
-        ('{"messages": [{"role": "user", "content": [{"file": {"path": "/etc/passwd"}}]}]}', "content must be text"),
+        ('{"messages": [{"role": "user", "content": [{"file": {"path": "/etc/passwd"}}]}]}', "content .* be text"),
         (
             r'{"messages": [{"role": "user", "content": "a\ud800"}]}',
             r"messages\[0\] cannot be encoded in UTF-8: character 1",

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -307,7 +308,7 @@ def test_users_do_not_mix(serve, concurrency):
 
 
 def test_tools(open_chat):
-    """A ChatGLM3's call of a tool is shown; the next message is what the tool returned, and it answers with that."""
+    """A ChatGLM3's call of a tool is shown; the next message is what the tool returned, and is exported as that."""
     with command("--model", str(TINY3), "--tools", str(TINY3 / "tools.json")) as url:
         chat = open_chat(url)
         for text, answer in (
@@ -317,6 +318,13 @@ def test_tools(open_chat):
             chat.ask(text)
             chat.wait_until(lambda answer=answer: any(answer in shown for shown in chat.texts("bot")), f"no {answer}")
             chat.wait_until_ready()
+        chat.open_settings()
+        with chat.page.expect_download() as download:
+            chat.page.get_by_text("Export").click()
+        messages = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "observation", "assistant"]
+    assert messages[0]["tools"] == json.loads((TINY3 / "tools.json").read_text(encoding="utf-8"))
+    assert messages[2]["metadata"] == "calculate" and messages[3]["content"] == "408"
 
 
 def test_half_a_surrogate_pair_is_refused(tiny_model, tokenizer):
