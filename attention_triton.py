@@ -48,8 +48,8 @@ def computes_attention(x: Tensor, mask: Optional[Tensor]) -> bool:
 def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
     """Exact attention with float32 scores and sums; probabilities are rounded to the dtype for their product.
 
-    Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask boolean (B or 1, 1, T, S), True where a query may
-        attend. Returns: output (B, T, H, D), zeros for a token that may attend to nothing; None.
+    Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask boolean (B or 1, 1, T or 1, S), True where a query
+        may attend. scaling is D^-0.5, as torch's. Returns: output (B, T, H, D), None.
     """
     return (op if is_compiling() else masked_attention)(query, key, value, attention_mask, scaling), None
 
@@ -57,7 +57,7 @@ def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, i
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """The output of `attention`: by the kernels where Triton has tensor cores for the dtype, else by torch."""
     if not query.dtype == key.dtype == value.dtype or not runs(query.dtype, query.device):
-        return by_torch(query, key, value, mask, scaling)
+        return by_torch(query, key, value, mask)
     with torch.cuda.device_of(query):  # Triton launches on the current device
         return by_triton(query, key, value, mask, scaling, multiprocessors(query.device))
 
@@ -72,16 +72,19 @@ else:
     op = torch.ops.chatglm.masked_attention
 
 
-def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """The same by torch: the rows of a group are one matrix, so its keys and values are not repeated."""
     (B, H, T, D), G = query.shape, key.shape[1]
-    rows = query.reshape(B, G, H // G * T, D)
-    output = F.scaled_dot_product_attention(rows, key, value, mask.repeat(1, 1, H // G, 1), scale=scaling)
+    rows, mask = query.reshape(B, G, H // G * T, D), mask.expand(-1, -1, T, -1).repeat(1, 1, H // G, 1)
+    output = F.scaled_dot_product_attention(rows, key, value, mask)
     return output.view(B, H, T, D).transpose(1, 2).contiguous()
 
 
 def by_triton(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, processors: int) -> Tensor:
-    """The same by the kernels, in about two programs for each of the card's multiprocessors."""
+    """The same by the kernels, in about two programs for each of the card's multiprocessors.
+
+    A token that may attend to nothing gets zeros.
+    """
     (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
     query, key, value, mask = map(with_dense_rows, (query, key, value, mask.expand(B, 1, T, S)))
     rows, shape, block = H // G * T, *constants(H, G, T, D)

@@ -560,25 +560,27 @@ def tune_attention(run, tokens, room, filled):
     query, copies = torch.randn(1, 32, tokens, 128, **like), 1 if run.dry else max(2, -(-(256 << 20) // (room * 1024)))
     layers = [torch.randn(2, 1, 2, room, 128, **like) for _ in range(copies)]
     mask = torch.arange(room) <= torch.arange(filled - tokens, filled)[:, None]
-    mask, scaling, roof = mask[None, None].to(run.device), 128**-0.5, run.bandwidth()
+    mask, roof = mask[None, None].to(run.device), run.bandwidth()
     processors = 2 if run.dry else attention_triton.multiprocessors(query.device)
 
     def times(attend, *args, **changes):
         with unittest.mock.patch.multiple(attention_triton, **{"KEYS": attention_triton.KEYS, **changes}):
             attention_triton.constants.cache_clear()
-            work = captured(lambda: [attend(query, *layer, mask, scaling, *args) for layer in layers], run.device)
+            work = captured(lambda: [attend(query, *layer, mask, *args) for layer in layers], run.device)
             seconds = call_seconds(work, run.device, 2, 5)[0] / copies
         attention_triton.constants.cache_clear()
         return {"us": round(1e6 * seconds, 1), "read": round(filled * 1024 / seconds / roof, 2)}
 
-    by_triton, options = attention_triton.by_triton, attention_triton.OPTIONS
-    ways = {"in use": (by_triton, processors), "torch": (attention_triton.by_torch,)}
-    ways |= {f"{n:g} times the programs": (by_triton, int(n * processors)) for n in (0.5, 2)}
-    ways = {name: functools.partial(times, *way) for name, way in ways.items()}
+    def by_triton(processors=processors, **changes):
+        return times(attention_triton.by_triton, 128**-0.5, processors, **changes)
+
+    ways = {"in use": by_triton, "torch": functools.partial(times, attention_triton.by_torch)}
+    for n in (0.5, 2):
+        ways[f"{n:g} times the programs"] = functools.partial(by_triton, int(n * processors))
     for name, change in ("8 warps", {"num_warps": 8}), ("1 stage", {"num_stages": 1}), ("3 stages", {"num_stages": 3}):
-        ways[name] = functools.partial(times, by_triton, processors, OPTIONS={**options, **change})
+        ways[name] = functools.partial(by_triton, OPTIONS={**attention_triton.OPTIONS, **change})
     for keys in (32, 128):
-        ways[f"{keys} keys at a time"] = functools.partial(times, by_triton, processors, KEYS=keys)
+        ways[f"{keys} keys at a time"] = functools.partial(by_triton, KEYS=keys)
     return {name: attempt(way) for name, way in ways.items()}
 
 

@@ -25,7 +25,7 @@ SHAPES = {  # B, H, G, T, S, D
     "five tokens": (2, 4, 2, 5, 333, 64),
     "sixteen tokens, heads of 80": (1, 8, 1, 16, 150, 80),
 }
-MASKS = ("causal", "static cache", "padding", "holes", "nothing")
+MASKS = ("causal", "static cache", "padding", "holes", "one row", "nothing")
 CASES = [f"{shape}; {mask}; float16" for shape in ("one token", "five tokens") for mask in MASKS]
 CASES += [f"{shape}; {mask}; float16" for shape in list(SHAPES)[1:] for mask in MASKS[:2] if shape != "five tokens"]
 CASES += [f"{shape}; causal; bfloat16" for shape in ("one token", "five tokens")]
@@ -44,6 +44,8 @@ def make(name):
         mask[0, :, :, : S // 2] = False
     elif kind == "holes":
         mask &= torch.rand(mask.shape, generator=generator) < 0.5
+    elif kind == "one row":
+        mask = mask[:, :, -1:]
     elif kind == "nothing":
         mask[0, :, 0] = False
     return *(t.to(getattr(torch, dtype)) for t in (2 * query, key, value)), mask
