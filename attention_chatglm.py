@@ -11,9 +11,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .attention_triton import attention as attention_in_triton
 from .attention_triton import computes_attention as triton_computes_attention
+from .attention_triton import masked_attention as attention_in_triton
+from .attention_triton import runs as runs_in_triton
 from .inference_cpu import attention as attention_in_c
 from .inference_cpu import computes_attention
 from .torch_compat import is_compiling
@@ -83,6 +85,26 @@ def cpu_attention(module, query, *args, **kwargs):
     return attend(module, query, *args, **kwargs)
 
 
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """The output of `gpu_attention`: by the Triton kernels where they run, else by torch."""
+    if runs_in_triton(query, key, value):
+        return attention_in_triton(query, key, value, mask, scaling)
+    return sdpa_attention(None, query, key, value, mask, scaling)[0]
+
+
+if hasattr(torch.library, "custom_op"):  # from torch 2.4 on; before, only without torch.compile
+    if not hasattr(torch.ops.chatglm, "masked_attention"):  # the Hugging Face loader may import this file twice
+        _op = torch.library.custom_op("chatglm::masked_attention", masked_attention, mutates_args=())
+        _op.register_fake(lambda query, *_: query.new_empty(query.transpose(1, 2).shape))
+    op = torch.ops.chatglm.masked_attention
+
+
+def gpu_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
+    """`sdpa_attention` for a boolean mask and no gradient; in compiled graphs it is one op."""
+    attend = op if is_compiling() else masked_attention
+    return attend(query, key, value, attention_mask, scaling), None
+
+
 # keyword arguments that `forward` passes to the attention function
 KEYWORDS = {"is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 OWN_ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
@@ -125,7 +147,7 @@ def choose_attention(config, x, attention_mask, paged=False, training=False, out
         if computes_attention(config.kv_channels, x, attention_mask):
             return cpu_attention
         if triton_computes_attention(x, attention_mask):
-            return attention_in_triton
+            return gpu_attention
     return (None if paged else OWN_ATTENTION.get(name)) or ALL_ATTENTION_FUNCTIONS[name]
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Optional, get_type_hints
+from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .quantization_triton import DTYPES, has_tensor_cores, unavailable
@@ -26,12 +25,11 @@ MOST_TOKENS = 16
 LEAST_STRETCH = 128  # keys of a program: fewer take longer to combine than to multiply
 KEYS = 64  # at a time
 OPTIONS = dict(num_warps=4, num_stages=2, enable_fp_fusion=True)  # Triton 3.10 no longer fuses by default
-HAS_OP = hasattr(torch.library, "custom_op")  # from torch 2.4 on
 tl = None  # triton.language, set by `kernels`: Triton looks up a kernel's names among this module's globals
 
 
 def computes_attention(x: Tensor, mask: Optional[Tensor]) -> bool:
-    """Whether `attention` computes this forward pass: x (B, T, C) goes into it, and the mask is as `attention`'s."""
+    """Whether `masked_attention` may compute this forward pass: x (B, T, C) goes into it, the mask is as there."""
     return (
         x.device.type == "cuda"
         and mask is not None
@@ -41,55 +39,34 @@ def computes_attention(x: Tensor, mask: Optional[Tensor]) -> bool:
         and mask.device == x.device
         and x.shape[1] <= MOST_TOKENS
         and not torch.is_grad_enabled()
-        and (HAS_OP if is_compiling() else not needs_dispatch(x))
+        and (hasattr(torch.library, "custom_op") if is_compiling() else not needs_dispatch(x))
     )
 
 
-def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
+def runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernels compute in these tensors' dtype on their device."""
+    return query.dtype == key.dtype == value.dtype and has_kernels(query.dtype, query.device)
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, processors: Optional[int] = None
+) -> Tensor:
     """Exact attention with float32 scores and sums; probabilities are rounded to the dtype for their product.
 
-    Args: query (B, H, T, D); key, value (B, G, S, D); attention_mask boolean (B or 1, 1, T or 1, S), True where a query
-        may attend. scaling is D^-0.5, as torch's. Returns: output (B, T, H, D), None.
+    It takes about two programs for each of the card's multiprocessors, or of so many `processors`.
+
+    Args: query (B, H, T, D); key, value (B, G, S, D); mask boolean (B or 1, 1, T or 1, S), True where a query may
+        attend. Returns: output (B, T, H, D), zeros for a token that may attend to nothing.
     """
-    return (op if is_compiling() else masked_attention)(query, key, value, attention_mask, scaling), None
-
-
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """The output of `attention`: by the kernels where Triton has tensor cores for the dtype, else by torch."""
-    if not query.dtype == key.dtype == value.dtype or not runs(query.dtype, query.device):
-        return by_torch(query, key, value, mask)
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        return by_triton(query, key, value, mask, scaling, multiprocessors(query.device))
-
-
-if not HAS_OP:
-    op = masked_attention
-else:
-    if not hasattr(torch.ops.chatglm, "masked_attention"):  # the Hugging Face loader may import this file twice
-        masked_attention.__annotations__ = get_type_hints(masked_attention)  # torch 2.4 takes types, not their names
-        _op = torch.library.custom_op("chatglm::masked_attention", masked_attention, mutates_args=())
-        _op.register_fake(lambda query, *_: query.new_empty(query.transpose(1, 2).shape))
-    op = torch.ops.chatglm.masked_attention
-
-
-def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """The same by torch: the rows of a group are one matrix, so its keys and values are not repeated."""
-    (B, H, T, D), G = query.shape, key.shape[1]
-    rows, mask = query.reshape(B, G, H // G * T, D), mask.expand(-1, -1, T, -1).repeat(1, 1, H // G, 1)
-    output = F.scaled_dot_product_attention(rows, key, value, mask)
-    return output.view(B, H, T, D).transpose(1, 2).contiguous()
-
-
-def by_triton(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, processors: int) -> Tensor:
-    """The same by the kernels, in about two programs for each of the card's multiprocessors.
-
-    A token that may attend to nothing gets zeros.
-    """
+    if query.is_cuda and query.get_device() != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device_of(query):
+            return masked_attention(query, key, value, mask, scaling, processors)
     (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
     query, key, value, mask = map(with_dense_rows, (query, key, value, mask.expand(B, 1, T, S)))
     rows, shape, block = H // G * T, *constants(H, G, T, D)
     tiles = -(-rows // block["BLOCK_R"])
-    stretches = min(-(-2 * processors // (B * G * tiles)), -(-S // LEAST_STRETCH))
+    programs = 2 * (processors or multiprocessors(query.device))
+    stretches = min(-(-programs // (B * G * tiles)), -(-S // LEAST_STRETCH))
     stretch = -(-S // (stretches * KEYS)) * KEYS
     stretches = -(-S // stretch)
     sums = query.new_empty(B * G, stretches, rows, D, dtype=torch.float32)
@@ -120,8 +97,7 @@ def with_dense_rows(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(None)
-def runs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels compute in this dtype on this device."""
+def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in DTYPES and unavailable(device) is None and has_tensor_cores(dtype, device)
 
 

@@ -268,7 +268,7 @@ class Roles:
             name, content = message.get("metadata"), message["content"]
             if message["role"] == "assistant":
                 rounds = rounds or [("", [])]
-                rounds[-1][1].append(f"{name}\n {content}" if name else content)
+                rounds[-1][1].append(as_generated(content, name))
             elif message["role"] != "system":
                 rounds.append((content, []))
         return [(query, "<|assistant|>".join(parts)) for query, parts in rounds]
@@ -392,6 +392,11 @@ def arguments_of(function):
     if not isinstance(arguments, dict):
         raise ValueError(f"arguments of {function.get('name')!r} must be a JSON object, got {given!r:.80}")
     return arguments
+
+
+def as_generated(content, name):
+    """An answer's text as ChatGLM3 writes it: the name of a tool that it calls is the first line."""
+    return f"{name}\n {content}" if name else content
 
 
 def offers_tools(history):

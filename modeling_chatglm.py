@@ -36,7 +36,7 @@ from .transformers_compat import (
 
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
     from .attention_cpu_source import TILE  # noqa: F401
-    from .attention_triton import masked_attention  # noqa: F401
+    from .attention_triton import kernels  # noqa: F401
     from .blocks_cpu_source import BODY  # noqa: F401
     from .c_library import load  # noqa: F401
     from .chat_template_chatglm import ChatTemplateMixin  # noqa: F401

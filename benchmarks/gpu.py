@@ -31,7 +31,6 @@ import sys
 import tempfile
 import time
 import traceback
-import unittest.mock
 from pathlib import Path
 
 import torch
@@ -42,6 +41,7 @@ if "--dry" in sys.argv:
 from common import (  # noqa: E402
     CACHE,
     ROOT,
+    attention_chatglm,
     attention_triton,
     cache_bytes,
     filled_cache,
@@ -513,25 +513,37 @@ def tune(run):
         for (kernel, rows), tiles in TILES.items():
             run.attempt(f"{kernel}, int{bits}, {rows} rows", tune_tiles, held, kernel, rows, tiles)
         run.attempt(f"other kernels, int{bits}", tune_kernels, held)
-    held = None  # free it
     steps = (1, 1024, 512), (1, 8448, 512), (1, 8448, 8192), (1, 32768, 32000), (8, 8448, 8192)
     for tokens, room, filled in ((1, 192, 140),) if run.dry else steps:
         run.attempt(f"attention, {tokens} of {filled} tokens, room of {room}", tune_attention, tokens, room, filled)
 
 
+@contextlib.contextmanager
+def changed(module, cached, **changes):
+    """With names of a module changed, from which follows what its function `cached` remembers."""
+    held = {name: getattr(module, name) for name in changes}
+    vars(module).update(changes)
+    cached.cache_clear()
+    try:
+        yield
+    finally:
+        vars(module).update(held)
+        cached.cache_clear()
+
+
+def attempt(measure, *args, **kwargs):
+    """What it measures, or why it fails."""
+    try:
+        return measure(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
+
+
 def triton_times(run, held, rows, **changes):
     """GPU microseconds of each layer with names of quantization_triton changed, or why it fails."""
     module = sys.modules[quantization.family("triton").linear.__module__]
-    names = {name: getattr(module, name) for name in changes}
-    vars(module).update(changes)
-    module.plan.cache_clear()
-    try:
-        return [round(1e6 * layer_seconds(run, layers, rows), 1) for layers in held.values()]
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:80]}"
-    finally:
-        vars(module).update(names)
-        module.plan.cache_clear()
+    with changed(module, module.plan, **changes):
+        return attempt(lambda: [round(1e6 * layer_seconds(run, layers, rows), 1) for layers in held.values()])
 
 
 def tune_tiles(run, held, kernel, rows, tiles):
@@ -563,32 +575,24 @@ def tune_attention(run, tokens, room, filled):
     mask, roof = mask[None, None].to(run.device), run.bandwidth()
     processors = 2 if run.dry else attention_triton.multiprocessors(query.device)
 
-    def times(attend, *args, **changes):
-        with unittest.mock.patch.multiple(attention_triton, **{"KEYS": attention_triton.KEYS, **changes}):
-            attention_triton.constants.cache_clear()
-            work = captured(lambda: [attend(query, *layer, mask, *args) for layer in layers], run.device)
+    def times(attend, **changes):
+        with changed(attention_triton, attention_triton.constants, **changes):
+            work = captured(lambda: [attend(query, *layer, mask, 128**-0.5) for layer in layers], run.device)
             seconds = call_seconds(work, run.device, 2, 5)[0] / copies
-        attention_triton.constants.cache_clear()
         return {"us": round(1e6 * seconds, 1), "read": round(filled * 1024 / seconds / roof, 2)}
 
     def by_triton(processors=processors, **changes):
-        return times(attention_triton.by_triton, 128**-0.5, processors, **changes)
+        return times(functools.partial(attention_triton.masked_attention, processors=processors), **changes)
 
-    ways = {"in use": by_triton, "torch": functools.partial(times, attention_triton.by_torch)}
+    by_torch = functools.partial(attention_chatglm.sdpa_attention, None)
+    result = {"in use": attempt(by_triton), "torch": attempt(times, by_torch)}
     for n in (0.5, 2):
-        ways[f"{n:g} times the programs"] = functools.partial(by_triton, int(n * processors))
+        result[f"{n:g} times the programs"] = attempt(by_triton, int(n * processors))
     for name, change in ("8 warps", {"num_warps": 8}), ("1 stage", {"num_stages": 1}), ("3 stages", {"num_stages": 3}):
-        ways[name] = functools.partial(by_triton, OPTIONS={**attention_triton.OPTIONS, **change})
+        result[name] = attempt(by_triton, OPTIONS={**attention_triton.OPTIONS, **change})
     for keys in (32, 128):
-        ways[f"{keys} keys at a time"] = functools.partial(by_triton, KEYS=keys)
-    return {name: attempt(way) for name, way in ways.items()}
-
-
-def attempt(measure):
-    try:
-        return measure()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:80]}"
+        result[f"{keys} keys at a time"] = attempt(by_triton, KEYS=keys)
+    return result
 
 
 def generate(run):

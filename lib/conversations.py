@@ -5,7 +5,7 @@ ChatGLM3's have the role observation, a system message that offers "tools", and 
 
 import json
 
-from chatglm2.family_chatglm import OFFER
+from chatglm2.family_chatglm import OFFER, as_generated
 from chatglm2.tokenization_chatglm import check_unicode
 
 
@@ -39,15 +39,16 @@ def read_conversation(text):
     for i, (role, content, name) in enumerate(found):
         if role not in ("user", "assistant", "observation") and (role, i) != ("system", 0):
             raise ValueError(f"messages[{i}]: the role {role!r} where user, assistant or observation is expected.")
-        if not isinstance(content, str) or not isinstance(name, str):
-            raise ValueError(f"messages[{i}]: content and metadata must be text, got {messages[i]!r:.80}")
+        for key, value in ("content", content), ("metadata", name):
+            if not isinstance(value, str):
+                raise ValueError(f"messages[{i}]: the {key} must be text, got {value!r:.80}")
         check_unicode(content, f"messages[{i}]")
+        content = as_generated(content, name)
         if role == "system":
             system = "" if content == OFFER and "tools" in messages[0] else content
         elif name and turns and turns[-1][0] == "assistant":  # text in front of a call belongs to the same answer
-            turns[-1] = ("assistant", f"{turns[-1][1]}<|assistant|>{name}\n {content}")
+            turns[-1] = ("assistant", f"{turns[-1][1]}<|assistant|>{content}")
         else:
-            content = f"{name}\n {content}" if name else content
             turns.append(("user" if role == "observation" else role, content))
     return system, turns
 

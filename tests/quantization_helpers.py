@@ -145,22 +145,3 @@ def error(y, x, weight, weight_scale, bias, bits, ulps=0.5):
 
 def linears(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
-
-
-def multiply_bfloat16_in_the_interpreter():
-    """Triton's interpreter stores bfloat16 as its bits, and would multiply those."""
-    import numpy
-    import triton.language
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    original = InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, *rest):
-        def widen(handle):
-            if handle.dtype.scalar != triton.language.bfloat16:
-                return handle
-            return TensorHandle((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), triton.language.float32)
-
-        return original(self, widen(a), widen(b), *rest)
-
-    InterpreterBuilder.create_dot = create_dot

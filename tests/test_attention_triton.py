@@ -4,19 +4,14 @@ The interpreter runs in a subprocess, which is this file as a program. test_cuda
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from chatglm2 import attention_chatglm, attention_triton
 from chatglm2.attention_chatglm import eager_attention
-from conftest import ROOT
 from model_helpers import some_ids
-from quantization_helpers import multiply_bfloat16_in_the_interpreter
-from test_quantization_triton import needs_triton
 from triton_compile import compile_attention
+from triton_helpers import multiply_bfloat16, needs_triton, run_in_the_interpreter
 
 SHAPES = {  # B, H, G, T, S, D
     "one token": (2, 32, 2, 1, 200, 128),
@@ -66,21 +61,18 @@ def errors(name, output):
 
 def interpret():
     """Return {case: `errors`}. Runs with TRITON_INTERPRET=1."""
-    multiply_bfloat16_in_the_interpreter()
+    multiply_bfloat16()
     results = {}
     for name in CASES:
         *tensors, mask = make(name)
-        output = attention_triton.by_triton(*tensors, mask, tensors[0].shape[-1] ** -0.5, processors=20)
+        output = attention_triton.masked_attention(*tensors, mask, tensors[0].shape[-1] ** -0.5, processors=20)
         results[name] = errors(name, output)
     return results
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "lib")}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_in_the_interpreter(__file__)
 
 
 @needs_triton
@@ -107,7 +99,7 @@ def test_kernels_compile_for_each_capability(capability, tokens, tmp_path, monke
 @pytest.mark.parametrize("name", [name for name in CASES if "nothing" not in name])
 def test_torch_where_the_kernels_do_not_run(name):
     *tensors, mask = make(name)
-    output = attention_triton.masked_attention(*tensors, mask, tensors[0].shape[-1] ** -0.5)
+    output = attention_chatglm.masked_attention(*tensors, mask, tensors[0].shape[-1] ** -0.5)
     error, eager = errors(name, output)
     assert output.is_contiguous() and error <= eager
 
@@ -136,17 +128,16 @@ def test_which_forward_passes_it_computes():
 
 def test_the_op_can_be_defined_by_torch_2_4():
     """Its `custom_op` reads types, and no names of types."""
-    assert all(isinstance(kind, type) for kind in attention_triton.masked_attention.__annotations__.values())
+    assert all(isinstance(kind, type) for kind in attention_chatglm.masked_attention.__annotations__.values())
 
 
-@pytest.mark.skipif(not attention_triton.HAS_OP, reason="torch.library.custom_op came with torch 2.4")
+@pytest.mark.skipif(not hasattr(torch.library, "custom_op"), reason="torch.library.custom_op came with torch 2.4")
 @pytest.mark.needs_transformers("4.57", "StaticCache with the arguments of today")
 def test_a_compiled_step_calls_the_op(make_model, monkeypatch):
     """One graph, with the op in it for every layer, and the logits of an uncompiled step."""
     from transformers import StaticCache
 
     graphs, model, ids = [], make_model(), some_ids()
-    monkeypatch.setattr(attention_triton, "computes_attention", lambda x, mask: mask is not None and x.shape[1] <= 16)
     name = "triton_computes_attention"
     monkeypatch.setattr(attention_chatglm, name, lambda x, mask: mask is not None and x.shape[1] <= 16)
     monkeypatch.setattr(attention_chatglm, "computes_attention", lambda *args: False)

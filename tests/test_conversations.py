@@ -44,7 +44,7 @@ def test_what_is_written_is_read(system):
         ('{"messages": [["user", "a"]]}', "Not a conversation"),
         ('{"messages": [{"role": "assistant", "content": "a", "metadata": 1}]}', "metadata must be text"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', r"messages\[0\]: the role 'tool'"),
-        ('{"messages": [{"role": "user", "content": [{"file": {"path": "/etc/passwd"}}]}]}', "content .* be text"),
+        ('{"messages": [{"role": "user", "content": [{"file": {"path": "/etc/passwd"}}]}]}', "content must be text"),
         (
             r'{"messages": [{"role": "user", "content": "a\ud800"}]}',
             r"messages\[0\] cannot be encoded in UTF-8: character 1",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_quantization_triton import triton_version
+from triton_helpers import triton_version
 
 
 @pytest.mark.needs_transformers("4.57", "StaticCache with the arguments of today")

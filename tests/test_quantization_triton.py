@@ -4,29 +4,19 @@ The interpreter runs in a subprocess, which is this file as a program.
 """
 
 import contextlib
-import importlib.metadata
 import json
-import os
 import re
-import subprocess
 import sys
 import types
 
 import pytest
 import torch
 from chatglm2 import quantization_triton
-from conftest import ROOT
-from quantization_helpers import CUDA, FLOAT32_SUM, HALF_ULP, error, make, multiply_bfloat16_in_the_interpreter
+from quantization_helpers import CUDA, FLOAT32_SUM, HALF_ULP, error, make
 from triton_compile import compile_triton
+from triton_helpers import multiply_bfloat16, needs_triton, run_in_the_interpreter
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-try:
-    triton_version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
-except importlib.metadata.PackageNotFoundError:
-    triton_version = (0, 0)
-# the kernels need 3.2; the interpreter was not tested before 3.4
-needs_triton = pytest.mark.skipif(triton_version < (3, 4), reason="Triton 3.4 is not installed: pip install triton")
 
 
 # ---- values, in the interpreter -------------------------------------------------------------------------------------
@@ -81,7 +71,7 @@ def tolerance(name):
 
 def interpret() -> dict:
     """Return {case: error} and results of edge cases. Runs with TRITON_INTERPRET=1."""
-    multiply_bfloat16_in_the_interpreter()
+    multiply_bfloat16()
     results = {}
     tile_for = quantization_triton.tile_for
     for name, case in CASES.items():
@@ -109,11 +99,8 @@ def interpret() -> dict:
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "lib")}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def interpreted():
+    return run_in_the_interpreter(__file__)
 
 
 @needs_triton

@@ -197,7 +197,12 @@ def test_settings_reach_the_model(serve, open_chat):
     served = serve(endless=False, seconds=0)
     chat = open_chat(served.url)
     chat.open_settings()
-    chat.set({"Temperature": "0.5", "Top-p": "0.6", "Max new tokens": "7", "System prompt": " 请简短回答。\n"})
+    values = {"Temperature": "0.5", "Top-p": "0.6", "Max new tokens": "7"}
+    chat.set({**values, "System prompt": " 请简短回答。\n"})
+    sliders = chat.page.locator("input[type=range]")
+    chat.wait_until(
+        lambda: [slider.input_value() for slider in sliders.all()] == [*values.values()], "the sliders do not follow"
+    )
     chat.ask("hello")
     chat.wait_until(lambda: served.calls and chat.texts("bot"), "no answer")
     chat.wait_until_ready()
