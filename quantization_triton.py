@@ -30,7 +30,7 @@ from torch import Tensor
 from .quantization_format import Family
 
 SKINNY_ROWS, FUSED_ROWS = 16, 256  # most rows for `_skinny`, and for `_tile`
-PIECE = 32 << 20  # most bytes of dequantized weight at a time
+PIECE = 64 << 20  # most bytes of dequantized weight at a time
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 tl = None  # triton.language, set by `kernels`: Triton looks up a kernel's names among this module's globals
 
@@ -56,7 +56,20 @@ def unavailable(device: torch.device) -> Optional[str]:
     if target.backend == "cuda" and target.arch < 75:
         capability = f"{target.arch // 10}.{target.arch % 10}"
         return f"Triton needs compute capability 7.5 or later, but this card has {capability}: use backend='cpm'"
+    try:
+        with torch.cuda.device(device):
+            dequantize_two_weights(device)
+    except Exception as error:  # whatever the compiler says of a card that is newer than it
+        reason = " ".join(str(error).split())[:200]
+        return f"Triton {triton.__version__} cannot compile for this card ({reason}): upgrade it"
     return None
+
+
+def dequantize_two_weights(device: torch.device) -> None:
+    """The smallest trial of a compiler."""
+    weight, scale = torch.ones(1, 2, dtype=torch.int8, device=device), torch.ones(1, device=device)
+    constants = dict(BITS=8, X=kernels()["tl"].float32, GROUP=0, BLOCK_O=1, BLOCK_P=16)
+    kernels()["dequantize"][1, 1](weight, scale, torch.empty(1, 2, device=device), 2, 1, **constants)
 
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
