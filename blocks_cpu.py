@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_chatglm import cpu_attention
+from .blocks_chatglm import NotServed, PlainBlocks, require
 from .c_library import FLOAT, LONG
 from .inference_cpu import attention_scratch, is_plain, linear_scratch, most_rows, serves, turns, with_dense_rows
 from .inference_cpu import load_library as load_floats
@@ -22,20 +23,8 @@ from .quantization import QuantizedLinear
 from .quantization_cpu import groups_of, layout_shape, scratch_bytes
 from .quantization_cpu import load_library as load_quantized
 from .quantization_cpu_source import TYPES
-from .torch_compat import autocast_dtype, changes_forward, has_global_hooks
-from .transformers_compat import growing_layers
 
 MOST_TOKENS = 32  # of all rows together: with more, a call takes so long that Ctrl-C would have to wait
-FUNCTIONS = ("rotate", "gated", "linear", "rms_norm")  # of modeling_chatglm, which the modules call
-
-
-class NotServed(Exception):
-    """The modules have to compute these blocks."""
-
-
-def require(served: bool) -> None:
-    if not served:
-        raise NotServed
 
 
 class Step(ctypes.Structure):
@@ -50,19 +39,8 @@ class Step(ctypes.Structure):
     ]
 
 
-class BlocksInC:
-    """The C code for blocks of these classes, as they are now: GLMBlock, SelfAttention, MLP, RMSNorm and Linear.
-
-    Blocks with adapters or hooks, of subclasses, or with methods or functions that other code has replaced are left to
-    the modules. `namespace` is that of their file.
-    """
-
-    def __init__(self, namespace: dict, block: type, attention: type, mlp: type, norm: type, linear: type):
-        self.namespace, self.functions = namespace, {name: namespace[name] for name in FUNCTIONS}
-        self.block, self.attention, self.mlp = (block,), (attention,), (mlp,)  # what may stand in which place
-        self.norm, self.linear = (norm,), (linear, QuantizedLinear)
-        classes = *self.block, *self.attention, *self.mlp, *self.norm, *self.linear
-        self.methods = {cls: {k: v for k, v in vars(cls).items() if callable(v)} for cls in classes}
+class BlocksInC(PlainBlocks):
+    """The C code for plain blocks."""
 
     def __call__(self, blocks: Sequence[nn.Module], x: Tensor, rotary, mask, attend, cache) -> Optional[Tensor]:
         """x (B, T, C) after all blocks, with its keys and values in the cache; None if the modules have to compute it.
@@ -73,19 +51,13 @@ class BlocksInC:
         tokens = x.shape[1]
         try:
             require(attend is cpu_attention and x.shape[0] * tokens <= MOST_TOKENS and serves(x))
-            require(autocast_dtype("cpu") is None and not has_global_hooks() and self.is_unchanged())
-            layers = growing_layers(cache)
-            require(0 < len(layers) == len(blocks))
+            layers = self.layers(blocks, x, cache)
             y = self.compute(blocks, x, rotary, mask, layers)
         except NotServed:
             return None
         for layer in layers:
             layer.extend(tokens)
         return y
-
-    def is_unchanged(self) -> bool:
-        functions = all(self.namespace.get(name) is function for name, function in self.functions.items())
-        return functions and all(vars(c).get(k) is v for c, methods in self.methods.items() for k, v in methods.items())
 
     def compute(self, blocks, x, rotary, mask, layers):
         (B, T, C), arguments, first = x.shape, BlockArguments(x), None
@@ -128,27 +100,6 @@ class BlocksInC:
         load_floats()[0].blocks(numbers.buffer_info()[0], slots.buffer_info()[0], ctypes.addressof(step))
         require(not step.overflow)
         return y
-
-    def parts(self, block: nn.Module, i: int) -> Tuple[nn.Module, Sequence[nn.Module], Sequence[nn.Module]]:
-        """The attention, the norms and the linear layers of block i, which has to compute what the C code does."""
-        check = self.check
-        parts = check(block, self.block)._modules.get
-        attention, mlp = check(parts("self_attention"), self.attention), check(parts("mlp"), self.mlp)
-        norms = check(parts("input_layernorm"), self.norm), check(parts("post_attention_layernorm"), self.norm)
-        linears = [attention._modules.get(name) for name in ("query_key_value", "dense")]
-        linears += [mlp._modules.get(name) for name in ("dense_h_to_4h", "dense_4h_to_h")]
-        for linear in linears:
-            check(linear, self.linear)
-        dropout = parts("dropout")
-        require(dropout is not None and not (dropout.training or block.residual_after_norm or "add" in vars(block)))
-        require(attention.layer_idx == i and not attention.interleaved)
-        return attention, norms, linears
-
-    @staticmethod
-    def check(module: Optional[nn.Module], classes: Tuple[type, ...]) -> nn.Module:
-        """The module, if it is of one of these classes and calling it does what its class says."""
-        require(type(module) in classes and not changes_forward(module))
-        return module
 
     @staticmethod
     def slots(buffers: Sequence[Tensor], x: Tensor) -> List[int]:

@@ -61,7 +61,7 @@ TEXTS = many(Rule(lambda value: isinstance(value, str), ""), "a text or a list o
 COUNTS = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length")
 FLAGS = ("rmsnorm", "apply_residual_connection_post_layernorm", "post_layer_norm", "add_bias_linear", "add_qkv_bias")
 FLAGS += ("multi_query_attention", "fp32_residual_connection", "prefix_projection", "use_cache", "original_rope")
-FLAGS += ("attention_softmax_in_fp32", "apply_query_key_layer_scaling", "bias_dropout_fusion")
+FLAGS += ("attention_softmax_in_fp32", "apply_query_key_layer_scaling", "bias_dropout_fusion", "cuda_graphs")
 UNSUPPORTED = Rule(lambda value: value is None, "null: rope_ratio and rope_ratio_type extend the context here")
 
 RULES = {
@@ -121,6 +121,7 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
         pre_seq_len, prefix_projection: P-Tuning v2: length of the learned prefix, and whether it passes through an MLP.
         quantization_bit: 4 or 8 if the checkpoint's linear layers are quantized, else 0.
         initializer_range: standard deviation of newly initialized weights.
+        cuda_graphs: False leaves eager decoding on a GPU to the modules, kernel by kernel; see blocks_cuda.
         original_rope, attention_softmax_in_fp32, apply_query_key_layer_scaling, bias_dropout_fusion: accepted and
             saved because released files have them; they have no effect.
 
@@ -130,7 +131,7 @@ class ChatGLMConfig(ConfigFallbacks, PretrainedConfig):
 
     model_type = "chatglm"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
-    use_cache = True
+    use_cache = cuda_graphs = True
     quantization_options = {}  # of `quantize`, with which the weights were quantized
     attribute_map = {
         "num_hidden_layers": "num_layers",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .attention_chatglm import KEYWORDS, causal_mask
+from .blocks_cuda import leave
 from .checkpoint_chatglm import shorten
 from .family_chatglm import PLACEHOLDER, Roles, with_date
 from .streaming_chatglm import stream
@@ -339,6 +340,7 @@ class ChatMixin:
             output = super().generate(inputs, generation_config, processors, *args, **kwargs)
         finally:
             GENERATING.reset(outer)
+            leave()
         check.report()
         return output
 

@@ -14,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention_chatglm import causal_mask, check_arguments, choose_attention
 from .blocks_cpu import BlocksInC
+from .blocks_cuda import BlocksInGraph
 from .generation_chatglm import ChatMixin, InvalidScoreLogitsProcessor  # noqa: F401 (other code imports it from here)
-from .inference_cpu import gated_in_c, linear, rms_norm, rotate_in_c
+from .inference_cpu import gated_in_c, linear, rotate_in_c
+from .inference_triton import gated_in_triton, rms_norm, rotate_in_triton
 from .prefix_chatglm import PrefixEncoder
 from .pretrained_chatglm import ChatGLMPreTrainedModel, OriginalAttributes, checkpointed
 from .quantization import quantize
@@ -37,6 +39,7 @@ from .transformers_compat import (
 if TYPE_CHECKING:  # the Hugging Face loader copies only the files named here, not what those import
     from .attention_cpu_source import TILE  # noqa: F401
     from .attention_triton import kernels  # noqa: F401
+    from .blocks_chatglm import PlainBlocks  # noqa: F401
     from .blocks_cpu_source import BODY  # noqa: F401
     from .c_library import load  # noqa: F401
     from .chat_template_chatglm import ChatTemplateMixin  # noqa: F401
@@ -75,6 +78,7 @@ def rotary_cos_sin(config, position_ids):
     return angles.cos(), angles.sin()
 
 
+@rotate_in_triton
 @rotate_in_c
 def rotate(x, cos, sin):
     """Rotate the channel pairs (2i, 2i + 1) in the first half of each head; the second half is unchanged."""
@@ -162,6 +166,7 @@ class SelfAttention(nn.Module):
         return self.dense(output.reshape(B, T, -1)), weights  # (B, T, C), (B, H, T, S)
 
 
+@gated_in_triton
 @gated_in_c
 def gated(x):
     """silu(gate) * up, for x (..., 2 ffn_hidden_size), gate and up side by side."""
@@ -229,7 +234,8 @@ class Embedding(nn.Module):
             ) from error
 
 
-blocks_in_c = BlocksInC(globals(), GLMBlock, SelfAttention, MLP, RMSNorm, Linear)
+classes = globals(), GLMBlock, SelfAttention, MLP, RMSNorm, Linear
+blocks_at_once = {"cpu": BlocksInC(*classes), "cuda": BlocksInGraph(*classes)}  # a few new tokens through all blocks
 
 
 class GLMTransformer(nn.Module):
@@ -245,8 +251,9 @@ class GLMTransformer(nn.Module):
     def forward(self, x, rotary, attention_mask, attend, cache=None, cache_kwargs=None, prefix=None,
                 output_hidden_states=False, output_attentions=False, **kwargs):  # fmt: skip
         """Run x (B, T, C) through all blocks; return it with the requested hidden states and attention weights."""
-        if not (output_hidden_states or prefix or self.fp32_residual or kwargs):
-            y = blocks_in_c(self.layers, x, rotary, attention_mask, attend, cache)  # a few tokens on a CPU, in one call
+        at_once = blocks_at_once.get(x.device.type)
+        if at_once and not (output_hidden_states or prefix or self.fp32_residual or kwargs):
+            y = at_once(self.layers, x, rotary, attention_mask, attend, cache)
             if y is not None:
                 return self.final_layernorm(y).to(x.dtype), None, None
         dtype, hidden_states, attentions = x.dtype, (), ()

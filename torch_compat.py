@@ -93,6 +93,29 @@ def without_cudnn_attention(lengths_vary):
         flags.enable_cudnn_sdp(True)
 
 
+@contextlib.contextmanager
+def other_random_numbers():
+    """The current GPU's generator has a state of its own here: a capture that begins takes that one.
+
+    Before torch 2.13 a generator refuses all other threads while its state is part of a capture.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(torch.Generator(generator.device))
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)
+
+
+def forget_capture(pool):
+    """Let torch allocate as before after a capture into this pool has failed; from 2.13 on it does so itself."""
+    names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"  # the second before torch 2.8
+    end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+    with contextlib.suppress(RuntimeError):
+        end(torch.cuda.current_device(), pool)
+
+
 def autocast_dtype(kind):
     """The autocast dtype of this device type ("cpu", "cuda"), or None if autocast is disabled."""
     if kind == "meta":

@@ -195,6 +195,7 @@ def with_room(held, buffer, tokens, dtype):
         dtype = torch.promote_types(held.dtype, dtype)
         buffer = held.new_empty(*held.shape[:2], (total // STEP + 1) * STEP, held.shape[3], dtype=dtype)
         buffer[:, :, :seen] = held
+        buffer[:, :, seen:] = 0  # a graph of blocks_cuda gives these values a weight of 0, and 0 * nan is nan
     return buffer
 
 

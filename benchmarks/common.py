@@ -17,7 +17,16 @@ import transformers
 from transformers import DynamicCache, GlmForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
-from chatglm2 import attention_chatglm, attention_triton, c_library, quantization, quantization_cpu, quantization_format  # noqa: F401  # noqa: F401
+from chatglm2 import (  # noqa: F401
+    attention_chatglm,
+    attention_triton,
+    c_library,
+    inference_triton,
+    modeling_chatglm,
+    quantization,
+    quantization_cpu,
+    quantization_format,
+)
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm2.transformers_compat import CACHE, grow_in_place  # noqa: F401

@@ -18,6 +18,7 @@ import cProfile
 import functools
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -46,9 +47,11 @@ from common import (  # noqa: E402
     cache_bytes,
     filled_cache,
     glm_of,
+    inference_triton,
     machine,
     matmul_rate,
     memory_bandwidth,
+    modeling_chatglm,
     quantization,
     random_ids,
     random_model,
@@ -300,7 +303,9 @@ def memory_of(run, kind):
     ids = random_ids(model, 64 if run.dry else 2048)
     result["prompt_2048_gb"] = peak(lambda: model(ids, logits_to_keep=1))
     cache = filled_cache(model, 64 if run.dry else 8191)
-    result["token_8192_gb"] = peak(decode_step(model, cache))
+    step = decode_step(model, cache)
+    result["token_8192_gb"] = peak(step)
+    result["by_a_graph_gb"] = peak(lambda: [step() for _ in range(3)])
     return result
 
 
@@ -366,7 +371,10 @@ def profile_of_step(run, kind):
 
 @torch.inference_mode()
 def graph(run):
-    """A decode step at 512 and 8,192 tokens: GPU time alone, and eager; transformers' GlmForCausalLM beside it."""
+    """A decode step at 512 and 8,192 tokens: as users call it, by the modules, and the GPU time of these alone.
+
+    transformers' GlmForCausalLM is beside it.
+    """
     roof = run.bandwidth()
     for kind in KINDS:
         run.attempt(kind, graph_of, kind, roof)
@@ -377,8 +385,11 @@ def graph_of(run, kind, roof):
     contenders = {"ours": model, **({"glm": glm_of(model)} if kind == "bfloat16" else {})}
     for (name, contender), context in itertools.product(contenders.items(), (64,) if run.dry else (512, 8192)):
         step = decode_step(contender, filled_cache(contender, context))
+        contender.config.cuda_graphs = True
         total, queued = call_seconds(step, run.device, 8, 3)
+        contender.config.cuda_graphs = False
         row = {"eager_ms": rounded(total), "until_it_returns_ms": rounded(queued)}
+        row["modules_ms"] = rounded(call_seconds(step, run.device, 8, 3)[0])
         read = weight_bytes(model) + cache_bytes(model, context)
         result[f"{name} {context}"] = {**row, **graph_time(run, step, read / roof)}
     if kind in ("int4", "float16"):  # one graph for every token: a static cache, whose room is always read
@@ -513,6 +524,7 @@ def tune(run):
         for (kernel, rows), tiles in TILES.items():
             run.attempt(f"{kernel}, int{bits}, {rows} rows", tune_tiles, held, kernel, rows, tiles)
         run.attempt(f"other kernels, int{bits}", tune_kernels, held)
+    run.attempt("small kernels", tune_small_kernels)
     steps = (1, 1024, 512), (1, 8448, 512), (1, 8448, 8192), (1, 32768, 32000), (8, 8448, 8192)
     for tokens, room, filled in ((1, 192, 140),) if run.dry else steps:
         run.attempt(f"attention, {tokens} of {filled} tokens, room of {room}", tune_attention, tokens, room, filled)
@@ -561,8 +573,29 @@ def tune_kernels(run, held):
     for rows in (64, 128, 256, 512):
         result[f"tile, {rows} rows"] = triton_times(run, held, rows, FUSED_ROWS=4096)
         result[f"dequantize, {rows} rows"] = triton_times(run, held, rows, FUSED_ROWS=16)
-    for size in (16, 64, 128):
+    for size in (32, 64, 128):
         result[f"dequantize, 2048 rows, pieces of {size} MB"] = triton_times(run, held, 2048, PIECE=size << 20)
+    return result
+
+
+def tune_small_kernels(run):
+    """GPU microseconds of what stands between a block's products, by Triton and by torch: one token, a prompt."""
+    dtype, result = torch.float32 if run.dry else torch.float16, {}
+    plain = {"rms_norm": torch.nn.functional.rms_norm}
+    plain.update({name: inspect.unwrap(getattr(modeling_chatglm, name)) for name in ("rotate", "gated")})
+    for tokens in (1, 16) if run.dry else (1, 16, 2048):
+        mixed, angles = torch.randn(1, tokens, 36, 128), torch.randn(2, 1, tokens, 1, 32, device=run.device)
+        inner = torch.randn(1, tokens, 2 * 13696)
+        x, mixed, inner = (t.to(run.device, dtype) for t in (mixed[..., :32, :].flatten(2), mixed, inner))
+        arguments = {
+            "rms_norm": (x, x.shape[-1:], torch.ones_like(x[0, 0]), 1e-5),
+            "rotate": (mixed[:, :, :34], *angles),
+            "gated": (inner,),
+        }
+        for name, given in arguments.items():
+            for way, work in (("triton", getattr(inference_triton, "triton_" + name)), ("torch", plain[name])):
+                replay = captured(functools.partial(work, *given), run.device)
+                result[f"{name}, {tokens} tokens, {way}"] = round(1e6 * call_seconds(replay, run.device, 20)[0], 1)
     return result
 
 
@@ -599,16 +632,17 @@ def generate(run):
     """`generate` as users call it: dynamic cache, static cache compiled, and compiled by CUDA graphs alone."""
     from transformers import CompileConfig
 
-    ways = {"dynamic": {}, "static, compiled": {"cache_implementation": "static"}}
+    ways = {"dynamic": {}, "dynamic, by the modules": {}, "static, compiled": {"cache_implementation": "static"}}
     settings = CompileConfig(backend="cudagraphs", mode=None)
     ways["static, CUDA graphs alone"] = {"cache_implementation": "static", "compile_config": settings}
     for kind, way in itertools.product(("int4", "bfloat16"), list(ways)[: 1 if run.dry else None]):
-        run.attempt(f"{kind}, {way}", generate_times, kind, ways[way])
+        run.attempt(f"{kind}, {way}", generate_times, kind, ways[way], "modules" not in way)
         torch.compiler.reset()
 
 
-def generate_times(run, kind, options):
+def generate_times(run, kind, options, by_graphs):
     model, new = run.model(kind), 4 if run.dry else 128
+    model.config.cuda_graphs = by_graphs
     ids = random_ids(model, 64)
     options = {**options, "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 

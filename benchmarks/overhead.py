@@ -88,11 +88,11 @@ def by_modules(work):
     from chatglm2 import modeling_chatglm
 
     def without():
-        computed, modeling_chatglm.blocks_in_c = modeling_chatglm.blocks_in_c, lambda *args: None
+        in_c = modeling_chatglm.blocks_at_once.pop("cpu")
         try:
             work()
         finally:
-            modeling_chatglm.blocks_in_c = computed
+            modeling_chatglm.blocks_at_once["cpu"] = in_c
 
     return without
 

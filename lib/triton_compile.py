@@ -1,7 +1,7 @@
 """Compile the Triton kernels ahead of time, for cards that need not be present."""
 
 import torch
-from chatglm2 import attention_triton, quantization_triton
+from chatglm2 import attention_triton, inference_triton, quantization_triton
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
@@ -32,6 +32,24 @@ def compile_attention(capability, tokens, dtype):
         build(attention_triton.kernels()["stretch"], capability, stretch, pointers, strides),
         build(attention_triton.kernels()["combine"], capability, {**shape, **attention_triton.OPTIONS}, pointers),
     ]
+
+
+def compile_inference(capability, dtype):
+    """Return the builds of `inference_triton` for ChatGLM2-6B by name."""
+    kernels, options = inference_triton.kernels(), inference_triton.OPTIONS
+    half, angles = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), POINTERS[dtype]), ("cos_ptr", "sin_ptr")
+    constants = {
+        "rms_norm": {"BLOCK_C": 4096, "num_warps": 16},
+        "rotate": {"HALF": 64, "PAIRS": inference_triton.PAIRS},
+        "gated": {"CHANNELS": inference_triton.CHANNELS},
+    }
+    types = half | dict.fromkeys(angles, "*fp32") | {"eps": "fp32"}
+    builds = {}
+    for name, more in constants.items():
+        aligned = [p.name for p in kernels[name].params if not (p.is_constexpr or p.do_not_specialize)]
+        aligned = [name for name in aligned if name not in types]  # of the released shapes
+        builds[name] = build(kernels[name], capability, {**options, **more}, types, aligned)
+    return builds
 
 
 def build(kernel, capability, constants, types, aligned=()):

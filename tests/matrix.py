@@ -34,6 +34,7 @@ CORE = ("golden", "configuration", "loading", "checkpoint_files", "pretrained", 
 CORE += (
     "inference_cpu",
     "blocks_cpu",
+    "blocks_cuda",
     "cache",
     "generation",
     "streaming",

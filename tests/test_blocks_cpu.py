@@ -45,14 +45,14 @@ def instructions(request, monkeypatch):
 @pytest.fixture
 def served(monkeypatch):
     """Whether C computed the blocks, for each forward pass from here on."""
-    record, compute = [], modeling_chatglm.blocks_in_c
+    record, compute = [], modeling_chatglm.blocks_at_once["cpu"]
 
     def recorded(*args):
         y = compute(*args)
         record.append(y is not None)
         return y
 
-    monkeypatch.setattr(modeling_chatglm, "blocks_in_c", recorded)
+    monkeypatch.setitem(modeling_chatglm.blocks_at_once, "cpu", recorded)
     return record
 
 
@@ -75,7 +75,7 @@ def by_c_and_by_modules(run):
     """What `run` returns, twice."""
     by_c = run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_chatglm, "blocks_in_c", lambda *args: None)
+        patch.delitem(modeling_chatglm.blocks_at_once, "cpu")
         return by_c, run()
 
 

@@ -1,0 +1,1 @@
+../../blocks_cuda.py
