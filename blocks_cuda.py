@@ -33,6 +33,7 @@ MOST_ROWS = 64  # new tokens of all rows together: with more the GPU works, and 
 PATIENCE = 10  # seconds after its last step in which another thread may still draw random numbers
 LONGEST_WAIT = 1  # seconds for another thread's turn, which takes a tenth of that at most
 WORTHWHILE = 4  # replays that pay for a capture
+AFTER_A_FAILURE = 64  # steps of the modules
 
 
 def serves(x: Tensor) -> bool:
@@ -40,8 +41,8 @@ def serves(x: Tensor) -> bool:
     return (
         x.device.type == "cuda"
         and not (torch.is_grad_enabled() or needs_dispatch(x))
-        and triton_runs(x.device)
         and not torch.cuda.is_current_stream_capturing()
+        and triton_runs(x.device)
     )
 
 
@@ -120,7 +121,7 @@ class BlocksInGraph(PlainBlocks):
                     if weight is not None:
                         require(type(weight) in PLAIN and weight.layout is torch.strided)
                         require(weight.get_device() == place)
-                        what += weight.data_ptr(), weight.dtype, weight.stride()
+                        what += weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
                         weights.append(weight)
         return what, weights
 
@@ -171,6 +172,7 @@ class Step:
         self.fill(x, rotary, mask, seen)
         if self.graph is None:
             y, self.graph = card.capture(functools.partial(self.compute, blocks, buffers))
+            self.waits = 0 if self.graph else AFTER_A_FAILURE
             return y
         self.replays += 1
         return self.graph()
@@ -179,7 +181,7 @@ class Step:
         tokens, room = x.shape[1], buffers[0][0].shape[2]
         with torch.inference_mode(False):  # a tensor created in inference mode could not be written outside it
             self.x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            self.rotary = [torch.empty(angles.shape, device=x.device) for angles in rotary]
+            self.rotary = [torch.empty(angles.shape, dtype=angles.dtype, device=x.device) for angles in rotary]
             self.slots = torch.empty(tokens, dtype=torch.long, device=x.device)
             self.mask = None
             if mask is not None:
@@ -189,7 +191,7 @@ class Step:
         self.x.copy_(x)
         for held, angles in zip(self.rotary, rotary):
             held.copy_(angles)
-        torch.arange(seen, seen + x.shape[1], out=self.slots)
+        torch.arange(seen, seen + x.shape[1], device=x.device, out=self.slots)
         if mask is not None:
             self.mask[..., : mask.shape[-1]] = mask
 
@@ -236,13 +238,13 @@ class Card:
 
     A replay overwrites what another has computed. So replays take turns, and their result is copied within the turn.
 
-    Before torch 2.13 random numbers may be refused on the GPU, in every thread, while a graph is captured. So a thread
-    captures only if no other has entered within PATIENCE and not left, and others wait to enter.
+    Before torch 2.13, while a capture begins, the GPU refuses random numbers to all threads. So a thread captures only
+    if no other has entered within PATIENCE and not left, and others wait to enter.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.lock = device, threading.Lock()
-        self.works, self.failures = True, 0  # it gives up at once, or after a third failure for want of memory
+        self.works, self.failures = True, 0  # it gives up at once, or when memory is wanting a third time
         self.tried = False  # whether a replay was compared with the modules
         self.threads: Dict[int, float] = {}  # when each has last entered
         self.stream = None  # which captures
@@ -293,30 +295,36 @@ class Card:
         y = work()  # compiles kernels, too
         try:
             graph, output = self.record(work)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()  # which torch cannot do in the middle of a capture
-            self.failures += 1
-            if self.failures == 3:
-                self.give_up("find no memory")
-            return y, None
+
+            def replay() -> Tensor:
+                graph.replay()
+                return output.clone()
+
+            again = replay()  # the first takes memory, too; it writes the same into the cache
         except RuntimeError as error:
-            self.give_up(f"cannot be captured ({' '.join(str(error).split())[:200]})")
+            self.fail(error)
             return y, None
-
-        def replay() -> Tensor:
-            graph.replay()
-            return output.clone()
-
+        self.failures = 0
         if not self.tried and y.isfinite().all():
             self.tried = True
-            if not (replay() - y).abs().max() <= 0.02 * y.abs().max():
+            if not (again - y).abs().max() <= 0.02 * y.abs().max():
                 self.give_up("differ from the modules")
-                return work(), None  # once more, since the cache has the graph's keys and values now
+                return work(), None  # once more: the cache has the graph's keys and values
         return y, replay
+
+    def fail(self, error: RuntimeError) -> None:
+        reason = " ".join(str(error).split())[:200]
+        if "out of memory" in reason:
+            torch.cuda.empty_cache()  # which torch does by itself, but not in the middle of a capture
+            self.failures += 1
+        if "out of memory" not in reason or self.failures == 3:
+            self.give_up(f"cannot be captured ({reason})")
 
     def record(self, work: Callable[[], Tensor]) -> Tuple["torch.cuda.CUDAGraph", Tensor]:
         """The graph of what `work` launches, and what it returns."""
-        stream, pool = self.stream or torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        # a priority that others hardly ask for: torch hands out the same 32 streams again and again, and frees cuBLAS's
+        # workspace of a stream, which graphs use, with the first graph of that stream that is destroyed
+        stream, pool = self.stream or torch.cuda.Stream(priority=-1), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             if self.stream is None:  # the pool lives as long as one of its graphs does
@@ -338,16 +346,16 @@ def captured(work: Callable[[], Tensor], pool) -> Tuple["torch.cuda.CUDAGraph", 
     graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
     gc.disable()  # a graph that is destroyed, or an event that is asked for, would end the capture
     try:
-        with torch.inference_mode(False), torch.no_grad(), other_random_numbers():
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
+            with torch.inference_mode(False), torch.no_grad(), other_random_numbers():
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             output = work()
         finally:
-            try:
+            if torch.cuda.is_current_stream_capturing():
                 graph.capture_end()
-            except RuntimeError:
-                forget_capture(pool)
-                raise
+    except BaseException:
+        forget_capture(pool)
+        raise
     finally:
         if collects:
             gc.enable()

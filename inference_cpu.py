@@ -103,7 +103,8 @@ def c_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def turns(cos: Tensor, B: int, T: int, D: int) -> bool:
     """Whether the C code takes these cosines, or sines, for heads of size D."""
-    return D % 16 == 0 and cos.device.type == "cpu" and cos.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4))
+    is_plain_float = cos.device.type == "cpu" and cos.dtype == torch.float32
+    return D % 16 == 0 and is_plain_float and cos.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4))
 
 
 @functools.partial(in_c, c_rotate)

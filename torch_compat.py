@@ -95,10 +95,10 @@ def without_cudnn_attention(lengths_vary):
 
 @contextlib.contextmanager
 def other_random_numbers():
-    """The current GPU's generator has a state of its own here: a capture that begins takes that one.
-
-    Before torch 2.13 a generator refuses all other threads while its state is part of a capture.
-    """
+    """The current GPU's generator has another state here: a capture that begins takes it, to refuse other threads."""
+    if torch.__version__ >= (2, 13):  # a generator has a state for each capture
+        yield
+        return
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     state = generator.graphsafe_get_state()
     generator.graphsafe_set_state(torch.Generator(generator.device))
@@ -109,7 +109,7 @@ def other_random_numbers():
 
 
 def forget_capture(pool):
-    """Let torch allocate as before after a capture into this pool has failed; from 2.13 on it does so itself."""
+    """Let torch allocate as before after a capture into this pool has failed, if it does not do so itself."""
     names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"  # the second before torch 2.8
     end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
     with contextlib.suppress(RuntimeError):

@@ -250,7 +250,20 @@ def other_eps(model):
     model.transformer.encoder.layers[2].input_layernorm.eps = 0.1
 
 
-CHANGES = {"a new weight": move_weight, "new data": other_data, "no bias": lose_bias, "another epsilon": other_eps}
+def prune(model):
+    mlp = model.transformer.encoder.layers[1].mlp
+    mlp.dense_4h_to_h.weight.data = mlp.dense_4h_to_h.weight.data[:, ::2]
+    half = mlp.dense_h_to_4h.weight.data[: mlp.dense_h_to_4h.weight.shape[0] // 2]
+    mlp.dense_h_to_4h.weight.data = half
+
+
+CHANGES = {
+    "fewer channels": prune,
+    "a new weight": move_weight,
+    "new data": other_data,
+    "no bias": lose_bias,
+    "another epsilon": other_eps,
+}
 CHANGES["a norm's weight"] = lambda model: setattr(
     model.transformer.encoder.layers[0].input_layernorm, "weight", torch.nn.Parameter(2 * torch.ones(64))
 )
@@ -484,24 +497,28 @@ class Generator:
 
 
 class Graph:
-    """Runs nothing. Errors: one where the next capture begins, and one where it ends."""
+    """Runs nothing. Errors: where the next capture begins, where it ends, and where a graph is launched."""
 
-    begins, ends = None, None
+    begins, ends, launches, capturing = None, None, None, False
     generator = Generator()
 
     def capture_begin(self, pool, capture_error_mode):
-        assert pool == "pool" and capture_error_mode == "thread_local" and self.generator.state != "own"
+        assert pool == "pool" and capture_error_mode == "thread_local"
+        assert torch.__version__ >= (2, 13) or self.generator.state != "own"
         assert not (gc.isenabled() or torch.is_inference_mode_enabled())
         if Graph.begins:
             raise RuntimeError(Graph.begins)
+        Graph.capturing = True
 
     def capture_end(self):
         assert self.generator.state == "own"
+        Graph.capturing = False
         if Graph.ends:
             raise RuntimeError(Graph.ends)
 
     def replay(self):
-        pass
+        if Graph.launches:
+            raise RuntimeError(Graph.launches)
 
 
 @pytest.fixture
@@ -517,10 +534,11 @@ def cuda(monkeypatch):
         finally:
             streams.pop()
 
-    monkeypatch.setattr(Graph, "begins", None)
-    monkeypatch.setattr(Graph, "ends", None)
+    for name in ("begins", "ends", "launches"):
+        monkeypatch.setattr(Graph, name, None)
     for name, value in {
-        "Stream": Stream,
+        "Stream": lambda priority: Stream(),
+        "is_current_stream_capturing": lambda: Graph.capturing,
         "Event": Event,
         "CUDAGraph": Graph,
         "current_stream": lambda: streams[-1],
@@ -565,7 +583,7 @@ def test_a_capture(cuda, real_card):
     assert other.waited_for is main and gc.isenabled() and not cuda
 
 
-@pytest.mark.parametrize("where", ["begins", "ends"])
+@pytest.mark.parametrize("where", ["begins", "ends", "launches"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_capture_that_fails(cuda, real_card, where, first):
     """The step has its result, a warning says why, and the modules compute from then on."""
@@ -575,22 +593,56 @@ def test_a_capture_that_fails(cuda, real_card, where, first):
     with pytest.warns(UserWarning, match="operation not permitted when stream.*config.cuda_graphs=False"):
         y, replay = real_card.capture(ones)
     assert torch.equal(y, ones()) and replay is None and not real_card.works
-    assert gc.isenabled() and Graph.generator.state == "own" and cuda == (["pool"] if where == "ends" else [])
+    assert gc.isenabled() and Graph.generator.state == "own" and cuda == ([] if where == "launches" else ["pool"])
 
 
-def test_no_memory_for_a_capture(cuda, real_card):
+@pytest.mark.parametrize("where", ["work", "ends", "launches"])
+def test_no_memory_for_a_capture(cuda, real_card, where):
     """A long prompt may have left none: it is tried again, not for ever."""
 
     def work():
-        if torch.cuda.current_stream() is real_card.stream:
-            raise torch.cuda.OutOfMemoryError("no memory")
+        if where == "work" and torch.cuda.current_stream() is real_card.stream:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return ones()
 
+    real_card.capture(ones)
+    setattr(Graph, where, "CUDA error: out of memory")
     for _ in range(2):
         assert real_card.capture(work)[1] is None and real_card.works
-    with pytest.warns(UserWarning, match="find no memory"):
+    Graph.ends = Graph.launches = None
+    real_card.capture(ones)
+    setattr(Graph, where, "CUDA error: out of memory")
+    for _ in range(2):
+        assert real_card.capture(work)[1] is None and real_card.works and not Graph.capturing
+    with pytest.warns(UserWarning, match="out of memory"):
         real_card.capture(work)
     assert not real_card.works and gc.isenabled()
+
+
+def test_after_a_failure_the_next_try_is_not_the_next_step(make_model, card, monkeypatch):
+    monkeypatch.setattr(FakeCard, "capture", lambda card, work: (card.record.append(CAPTURED), (work(), None))[1])
+    monkeypatch.setattr(blocks_cuda, "AFTER_A_FAILURE", 5)
+    model = make_model()
+    decode(model, prompted(model), 10)
+    assert card.record.count(CAPTURED) == 2
+
+
+@pytest.mark.parametrize("default", ["device", "dtype"])
+def test_defaults_of_the_caller(make_model, card, default):
+    """Its tensors are where the model is, and of the rotation's dtype."""
+    model = make_model()
+    with by_modules():
+        want = decode(model, prompted(model), 4)
+    cache, ids = prompted(model), [some_ids(1, 1, seed) for seed in range(4)]
+    try:
+        if default == "dtype":
+            torch.set_default_dtype(torch.bfloat16)
+        with torch.no_grad(), torch.device("meta") if default == "device" else contextlib.nullcontext():
+            got = [model(each, past_key_values=cache).logits for each in ids]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(got, want, **CLOSE)
+    assert card.record[-1] == REPLAYED
 
 
 @pytest.mark.parametrize("wrong", [3.0, float("nan")])

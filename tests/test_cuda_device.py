@@ -142,7 +142,11 @@ def test_norm_rotation_and_gate(kind, name, dtype):
 
 def decode(model, count=8, prompt=12, rows=1, tokens=1, cache=None):
     """Logits of `count` steps after a prompt, which is padded where there are several rows."""
-    ids, cache, results = some_ids(rows, prompt + tokens * count).to(CUDA), cache or DynamicCache(), []
+    ids, cache, results = (
+        some_ids(rows, prompt + tokens * count).to(CUDA),
+        DynamicCache() if cache is None else cache,
+        [],
+    )
     mask = torch.ones_like(ids)
     for row in range(1, rows):
         mask[row, : 2 * row] = 0
@@ -272,19 +276,19 @@ def test_threads(on_a_card, streams):
 
 
 def test_graphs_leave_no_memory(on_a_card):
-    """What a conversation held is free after it, and the next takes no more of the card; graphs lie beside torch's."""
+    """What a conversation held is free after it, and the next takes no more of the card."""
     model = on_a_card(4)
 
     def held():
         decode(model, 20)
         gc.collect()
-        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), -torch.cuda.mem_get_info()[0]
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
     held()
-    allocated, reserved, used = held()
+    allocated, reserved = held()
     for _ in range(10):
         again = held()
-        assert again[0] == allocated and again[1] <= reserved and again[2] <= used + (16 << 20)
+        assert again[0] == allocated and again[1] <= reserved
 
 
 def test_generate_by_graphs(on_a_card):
@@ -307,6 +311,18 @@ def test_in_and_out_of_inference_mode(on_a_card):
             model(some_ids(1, 2, i).to(CUDA), past_key_values=cache)
     decode(model, tokens=3)
     assert blocks_cuda.card_of(CUDA).works
+
+
+def test_random_numbers_are_the_callers(on_a_card):
+    """Neither a capture nor a replay draws any."""
+    model = on_a_card(4)
+    torch.cuda.manual_seed(7)
+    before = torch.cuda.get_rng_state()
+    decode(model)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    drawn = torch.rand(3, device=CUDA)
+    torch.cuda.manual_seed(7)
+    assert torch.equal(torch.rand(3, device=CUDA), drawn)
 
 
 def test_in_a_graph_of_the_caller(on_a_card):
