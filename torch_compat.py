@@ -93,6 +93,14 @@ def without_cudnn_attention(lengths_vary):
         flags.enable_cudnn_sdp(True)
 
 
+def is_shared(*tensors):
+    """Whether other tensors lie in the storage of these, which have one storage; True where torch cannot tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return (
+        count is None or count(tensors[0].untyped_storage()._cdata) > len(tensors) + 1
+    )  # and the storage's own object
+
+
 @contextlib.contextmanager
 def other_random_numbers():
     """The current GPU's generator has another state here: a capture that begins takes it, to refuse other threads."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, modeling_outputs
 from transformers.utils import logging
 
-from .torch_compat import is_compiling
+from .torch_compat import is_compiling, is_shared
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"
@@ -143,8 +143,9 @@ STEP = 256
 class GrowingLayer(DynamicLayer):
     """One layer's keys and values, (B, G, S, D): views of the first S slots of buffers with room for up to STEP more.
 
-    A new token is written in place, without copying all the others. Any other operation (crop, reorder, repeat)
-    replaces `keys` and `values`; the next update detects that they no longer view the buffer and allocates a new one.
+    A new token is written in place, without copying all the others, after a crop as well. Any other operation (reorder,
+    repeat) replaces `keys` and `values`; the next update detects that they no longer view the buffer and allocates a
+    new one.
     """
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -178,10 +179,12 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def crop(self, *args, **kwargs):
-        """Remove the last tokens. Tensors returned earlier stay unchanged: the next update allocates a new buffer."""
-        before = getattr(self, "keys", None)
+        """Remove the last tokens. If others hold tensors of a buffer, they stay: the next update allocates one."""
+        before = self.keys.shape[2] if self.is_initialized else 0
         super().crop(*args, **kwargs)
-        if self.keys is not before:  # assisted decoding crops after every step, mostly nothing
+        if getattr(self, "key_buffer", None) is None or self.keys.shape[2] == before:
+            return
+        if is_shared(self.key_buffer, self.keys) or is_shared(self.value_buffer, self.values):
             self.key_buffer = self.value_buffer = None
 
 

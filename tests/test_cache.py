@@ -136,6 +136,23 @@ def test_tensors_read_before_a_crop_are_unchanged(pair):
     assert torch.equal(before, kept)
 
 
+@pytest.mark.parametrize("held", ["keys", "values", "a view", "nothing"])
+def test_after_a_crop_the_buffer_is_written_in_place_if_nobody_else_holds_it(pair, held):
+    """A refused draft copies nothing."""
+    _, growing = pair
+    feed(pair, 7, 0)
+    layer = growing.layers[0]
+    place = layer.keys.data_ptr()
+    others = {"keys": layer.keys, "values": layer.values, "a view": layer.keys[0, 0], "nothing": None}[held]
+    kept = None if others is None else others.clone()
+    feed(pair, 2, 1)
+    for cache in pair:
+        cache.crop(-4)
+    feed(pair, 2, 2)
+    assert (layer.keys.data_ptr() == place) == (held == "nothing")
+    assert kept is None or torch.equal(others, kept)
+
+
 def test_crop_of_nothing_keeps_the_buffer(pair):
     """Assisted decoding crops after every step, mostly nothing: the next token is still written in place."""
     _, growing = pair
