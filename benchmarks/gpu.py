@@ -581,6 +581,10 @@ def tune_kernels(run, held):
 def tune_small_kernels(run):
     """GPU microseconds of what stands between a block's products, by Triton and by torch: one token, a prompt."""
     dtype, result = torch.float32 if run.dry else torch.float16, {}
+
+    def times(work):
+        return round(1e6 * call_seconds(captured(work, run.device), run.device, 20)[0], 1)
+
     plain = {"rms_norm": torch.nn.functional.rms_norm}
     plain.update({name: inspect.unwrap(getattr(modeling_chatglm, name)) for name in ("rotate", "gated")})
     for tokens in (1, 16) if run.dry else (1, 16, 2048):
@@ -594,8 +598,7 @@ def tune_small_kernels(run):
         }
         for name, given in arguments.items():
             for way, work in (("triton", getattr(inference_triton, "triton_" + name)), ("torch", plain[name])):
-                replay = captured(functools.partial(work, *given), run.device)
-                result[f"{name}, {tokens} tokens, {way}"] = round(1e6 * call_seconds(replay, run.device, 20)[0], 1)
+                result[f"{name}, {tokens} tokens, {way}"] = attempt(times, functools.partial(work, *given))
     return result
 
 
