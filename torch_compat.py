@@ -96,9 +96,8 @@ def without_cudnn_attention(lengths_vary):
 def is_shared(*tensors):
     """Whether other tensors lie in the storage of these, which have one storage; True where torch cannot tell."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return (
-        count is None or count(tensors[0].untyped_storage()._cdata) > len(tensors) + 1
-    )  # and the storage's own object
+    owners = len(tensors) + 1  # with the object that stands for the storage here
+    return count is None or count(tensors[0].untyped_storage()._cdata) > owners
 
 
 @contextlib.contextmanager
