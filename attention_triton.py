@@ -18,7 +18,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .quantization_triton import DTYPES, has_tensor_cores, unavailable
+from .quantization_triton import DTYPES, has_tensor_cores, on_its_device, runs_on
 from .torch_compat import is_compiling, needs_dispatch
 
 MOST_TOKENS = 16
@@ -48,6 +48,7 @@ def runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.dtype == key.dtype == value.dtype and has_kernels(query.dtype, query.device)
 
 
+@on_its_device
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, processors: Optional[int] = None
 ) -> Tensor:
@@ -58,9 +59,6 @@ def masked_attention(
     Args: query (B, H, T, D); key, value (B, G, S, D); mask boolean (B or 1, 1, T or 1, S), True where a query may
         attend. Returns: output (B, T, H, D), zeros for a token that may attend to nothing.
     """
-    if query.is_cuda and query.get_device() != torch.cuda.current_device():  # Triton launches on the current device
-        with torch.cuda.device_of(query):
-            return masked_attention(query, key, value, mask, scaling, processors)
     (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
     query, key, value, mask = map(with_dense_rows, (query, key, value, mask.expand(B, 1, T, S)))
     rows, shape, block = H // G * T, *constants(H, G, T, D)
@@ -98,7 +96,7 @@ def with_dense_rows(x: Tensor) -> Tensor:
 
 @functools.lru_cache(None)
 def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
-    return dtype in DTYPES and unavailable(device) is None and has_tensor_cores(dtype, device)
+    return dtype in DTYPES and runs_on(device) and has_tensor_cores(dtype, device)
 
 
 @functools.lru_cache(None)

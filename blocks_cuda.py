@@ -26,7 +26,7 @@ from .attention_triton import MOST_TOKENS
 from .blocks_chatglm import NotServed, PlainBlocks, require
 from .inference_cpu import PLAIN
 from .quantization import QuantizedLinear
-from .quantization_triton import unavailable
+from .quantization_triton import runs_on
 from .torch_compat import forget_capture, needs_dispatch, other_random_numbers
 
 MOST_ROWS = 64  # new tokens of all rows together: with more the GPU works, and a graph's memory is kept
@@ -42,14 +42,9 @@ def serves(x: Tensor) -> bool:
         x.device.type == "cuda"
         and not (torch.is_grad_enabled() or needs_dispatch(x))
         and not torch.cuda.is_current_stream_capturing()
-        and triton_runs(x.device)
+        and torch.version.hip is None  # where graphs were never tried
+        and runs_on(x.device)  # so attention under a mask need not read a whole buffer
     )
-
-
-@functools.lru_cache(None)
-def triton_runs(device: torch.device) -> bool:
-    """Whether attention under a mask need not read a whole buffer. On ROCm graphs were never tried."""
-    return torch.version.hip is None and unavailable(device) is None
 
 
 class BlocksInGraph(PlainBlocks):
@@ -82,7 +77,7 @@ class BlocksInGraph(PlainBlocks):
         step = self.steps.setdefault(layers[0], Steps()).find((tokens, mask is not None), identity)
         y = None
         if step is not None:
-            with on_device(x), card.turn() as has_turn:
+            with torch.cuda.device_of(x), card.turn() as has_turn:
                 if has_turn and (step.graph or card.has_one_thread()):
                     y = step(card, blocks, x, rotary, mask, buffers, layers[0].keys.shape[2])
         for layer in layers:  # the modules fill the buffers where the next step looks for them
@@ -130,11 +125,6 @@ def fits(mask: Tensor, x: Tensor, seen: int) -> bool:
     """Whether this is a boolean mask (B or 1, 1, T, S) where x (B, T, C) is."""
     shapes = [(rows, 1, x.shape[1], seen + x.shape[1]) for rows in (1, x.shape[0])]
     return mask.dtype == torch.bool and mask.device == x.device and mask.shape in shapes
-
-
-def on_device(x: Tensor):
-    """The context in which x's GPU is the current one."""
-    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
 
 
 class Steps:
@@ -324,12 +314,13 @@ class Card:
         """The graph of what `work` launches, and what it returns."""
         # a priority that others hardly ask for: torch hands out the same 32 streams again and again, and frees cuBLAS's
         # workspace of a stream, which graphs use, with the first graph of that stream that is destroyed
-        stream, pool = self.stream or torch.cuda.Stream(priority=-1), torch.cuda.graph_pool_handle()
+        stream = self.stream or torch.cuda.Stream(priority=-1)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            if self.stream is None:  # the pool lives as long as one of its graphs does
-                self.first, self.pool = captured(lambda: torch.zeros(1, device=self.device), pool), pool
-                self.stream = stream
+            if self.stream is None:
+                pool = torch.cuda.graph_pool_handle()
+                self.first = captured(lambda: torch.zeros(1, device=self.device), pool)  # the pool lives as long as it
+                self.stream, self.pool = stream, pool
             return captured(work, self.pool)
 
     def give_up(self, why: str) -> None:

@@ -32,6 +32,7 @@ FUNCTIONS = {  # of the C library, with their arguments
 }
 MOST_THREADS, STRETCH = 64, 512  # a long context is divided for so many threads, into so many keys at least
 PLAIN = (Tensor, torch.nn.Parameter)
+CPU = torch.device("cpu")
 MOST_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 4}  # that C was measured to multiply faster
 MOST_PAIRED_ROWS = 32  # the same of bfloat16 where the code is compiled for AVX512-BF16
 
@@ -53,8 +54,8 @@ def serves(x: Tensor) -> bool:
     )
 
 
-def in_c(kernel, fits):
-    """Decorator of a plain function: `kernel` computes it where the C code serves the first argument, and all fit."""
+def computed_by(serves, kernel, fits):
+    """Decorator of a plain function: `kernel` computes it where `serves` takes the first argument, and all fit."""
 
     def decorate(plain):
         @functools.wraps(plain)
@@ -64,6 +65,9 @@ def in_c(kernel, fits):
         return either
 
     return decorate
+
+
+in_c = functools.partial(computed_by, serves)
 
 
 def is_plain(weight: Optional[Tensor]) -> bool:
@@ -101,10 +105,15 @@ def c_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+def are_angles(cos: Tensor, B: int, T: int, D: int, device: torch.device) -> bool:
+    """Whether these are cosines, or sines, for heads of size D: float32 (B or 1, T, 1, D / 4) on the device."""
+    is_float = cos.dtype == torch.float32 and cos.device == device
+    return is_float and cos.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4))
+
+
 def turns(cos: Tensor, B: int, T: int, D: int) -> bool:
     """Whether the C code takes these cosines, or sines, for heads of size D."""
-    is_plain_float = cos.device.type == "cpu" and cos.dtype == torch.float32
-    return D % 16 == 0 and is_plain_float and cos.shape in ((1, T, 1, D // 4), (B, T, 1, D // 4))
+    return D % 16 == 0 and are_angles(cos, B, T, D, CPU)
 
 
 @functools.partial(in_c, c_rotate)

@@ -11,9 +11,9 @@ import functools
 import torch
 from torch import Tensor
 
-from .inference_cpu import PLAIN
+from .inference_cpu import PLAIN, are_angles, computed_by
 from .inference_cpu import rms_norm as rms_norm_elsewhere
-from .quantization_triton import DTYPES, unavailable
+from .quantization_triton import DTYPES, on_its_device, runs_on
 from .torch_compat import needs_dispatch
 
 FEW_ROWS = 16  # up to which RMSNorm takes a row so long that torch's kernel, for many rows, has little to do at a time
@@ -34,30 +34,10 @@ def serves(x: Tensor) -> bool:
     )
 
 
-@functools.lru_cache(None)
-def runs_on(device: torch.device) -> bool:
-    return unavailable(device) is None
+in_triton = functools.partial(computed_by, serves)
 
 
-def in_triton(kernel, fits):
-    """Decorator of a plain function: `kernel` computes it where Triton serves the first argument, and all fit."""
-
-    def decorate(plain):
-        @functools.wraps(plain)
-        def either(*args):
-            x = args[0]
-            if not (serves(x) and fits(*args)):
-                return plain(*args)
-            if x.get_device() == torch.cuda.current_device():
-                return kernel(*args)
-            with torch.cuda.device_of(x):  # Triton launches on the current device
-                return kernel(*args)
-
-        return either
-
-    return decorate
-
-
+@on_its_device
 def triton_rms_norm(x: Tensor, shape, weight: Tensor, eps: float) -> Tensor:
     """x (..., C) / sqrt(mean(x^2) + eps) * weight (C), over the last dimension, in float32 until the end."""
     x, weight = x.contiguous(), weight.contiguous()
@@ -77,6 +57,7 @@ def rms_norm_in_triton(x, shape, weight, eps):
 rms_norm = rms_norm_in_triton(rms_norm_elsewhere)
 
 
+@on_its_device
 def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, T, heads, D), the first half of D rotated in pairs; cos, sin (B or 1, T, 1, D / 4), float32."""
     B, T, heads, D = x.shape
@@ -92,12 +73,10 @@ def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @functools.partial(in_triton, triton_rotate)
 def rotate_in_triton(x, cos, sin):
     B, T, _, D = x.shape
-    shapes = (1, T, 1, D // 4), (B, T, 1, D // 4)
-    return D % 4 == 0 and all(
-        t.shape in shapes and t.device == x.device and t.dtype == torch.float32 for t in (cos, sin)
-    )
+    return D % 4 == 0 and all(are_angles(angles, B, T, D, x.device) for angles in (cos, sin))
 
 
+@on_its_device
 def triton_gated(x: Tensor) -> Tensor:
     """x (..., 2 F) -> silu(gate) * up (..., F), for gate and up side by side; silu is rounded to x's dtype."""
     x, size = x.contiguous(), x.shape[-1] // 2

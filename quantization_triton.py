@@ -57,30 +57,45 @@ def unavailable(device: torch.device) -> Optional[str]:
         capability = f"{target.arch // 10}.{target.arch % 10}"
         return f"Triton needs compute capability 7.5 or later, but this card has {capability}: use backend='cpm'"
     try:
-        with torch.cuda.device(device):
-            dequantize_two_weights(device)
+        multiply_two_weights(device)
     except Exception as error:  # whatever the compiler says of a card that is newer than it
         reason = " ".join(str(error).split())[:200]
         return f"Triton {triton.__version__} cannot compile for this card ({reason}): upgrade it"
     return None
 
 
-def dequantize_two_weights(device: torch.device) -> None:
-    """The smallest trial of a compiler."""
-    weight, scale = torch.ones(1, 2, dtype=torch.int8, device=device), torch.ones(1, device=device)
-    constants = dict(BITS=8, X=kernels()["tl"].float32, GROUP=0, BLOCK_O=1, BLOCK_P=16)
-    kernels()["dequantize"][1, 1](weight, scale, torch.empty(1, 2, device=device), 2, 1, **constants)
+def multiply_two_weights(device: torch.device) -> None:
+    """A trial of the compiler."""
+    like = dict(dtype=torch.float32, device=device)
+    linear(torch.ones(1, 2, **like), torch.ones(1, 2, **{**like, "dtype": torch.int8}), torch.ones(1, **like), None, 8)
 
 
+@functools.lru_cache(None)
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton runs on the device; it is tried once."""
+    return unavailable(device) is None
+
+
+def on_its_device(launch):
+    """Decorator of a function that launches kernels, which Triton does on the current device: that becomes x's."""
+
+    @functools.wraps(launch)
+    def run(x, *args, **kwargs):
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return launch(x, *args, **kwargs)
+        with torch.cuda.device_of(x):
+            return launch(x, *args, **kwargs)
+
+    return run
+
+
+@on_its_device
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Optional[Tensor], bits: int) -> Tensor:
     """x [N, in] times the dequantized weight, transposed, plus bias -> [N, out], in x's dtype.
 
     x: float16, bfloat16 or float32, contiguous, N >= 0. weight: int8 [out, in], or [out, in / 2] packed (bits 4).
     weight_scale: [out] or [out, in / group_size], any float dtype. bias: [out] or None. TypeError for another x.
     """
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # Triton launches on the current device
-        with torch.cuda.device_of(x):
-            return linear(x, weight, weight_scale, bias, bits)
     rows, (out, width) = x.shape[0], weight.shape  # width: bytes per row
     group = width // weight_scale.shape[1] if weight_scale.dim() == 2 else 0  # bytes per scale; 0: one scale per row
     kernel, launch = plan(rows, out, width, bits, x.dtype, group, x.device)

@@ -3,6 +3,7 @@
 With address and undefined-behavior sanitizers over the C code: see CONTRIBUTING.md.
 """
 
+import contextlib
 import copy
 import functools
 import types
@@ -71,11 +72,17 @@ def steps(model, rows=1, tokens=1, count=3):
     return results + [held for layer in cache.layers for held in (layer.keys, layer.values)]
 
 
+@contextlib.contextmanager
+def by_modules():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(modeling_chatglm.blocks_at_once, "cpu")
+        yield
+
+
 def by_c_and_by_modules(run):
     """What `run` returns, twice."""
     by_c = run()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(modeling_chatglm.blocks_at_once, "cpu")
+    with by_modules():
         return by_c, run()
 
 

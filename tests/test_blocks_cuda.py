@@ -16,7 +16,7 @@ import torch
 from chatglm2 import attention_chatglm, blocks_cuda, modeling_chatglm
 from chatglm2.transformers_compat import DynamicCache
 from model_helpers import CLOSE, some_ids
-from test_blocks_cpu import OTHERS, SHAPES, steps
+from test_blocks_cpu import OTHERS, SHAPES, by_modules, steps
 
 pytestmark = pytest.mark.needs_transformers("4.57", "caches of layers")
 MODULES, CAPTURED, REPLAYED = "modules", "captured", "replayed"
@@ -60,18 +60,16 @@ def card(monkeypatch):
     return card
 
 
-@contextlib.contextmanager
-def by_modules():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(modeling_chatglm.blocks_at_once, "cpu")
-        yield
+def assert_as_by_modules(run):
+    """The tensors that `run` returns, by the modules and then by what serves."""
+    with by_modules():
+        want = run()
+    for got, expected in zip(run(), want):
+        torch.testing.assert_close(got, expected, **CLOSE)
 
 
 def assert_equal_to_modules(model, *shape):
-    with by_modules():
-        want = steps(model, *shape)
-    for got, expected in zip(steps(model, *shape), want):
-        torch.testing.assert_close(got, expected, **CLOSE)
+    assert_as_by_modules(lambda: steps(model, *shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -134,10 +132,7 @@ def test_the_cache_grows_and_shrinks(make_model, card):
                 cache.crop(-4)
         return results
 
-    with by_modules():
-        want = run()
-    for got, expected in zip(run(), want):
-        torch.testing.assert_close(got, expected, **CLOSE)
+    assert_as_by_modules(run)
     assert card.record == [MODULES, *[MODULES, CAPTURED] + 4 * [REPLAYED], *[MODULES, CAPTURED] + 6 * [REPLAYED]]
 
 
@@ -177,11 +172,7 @@ def test_drafts_of_several_lengths(make_model, card):
             seen += length
         return results
 
-    with by_modules():
-        want = run()
-    card.record.clear()
-    for got, expected in zip(run(), want):
-        torch.testing.assert_close(got, expected, **CLOSE)
+    assert_as_by_modules(run)
     assert card.record[1:] == [MODULES, MODULES, CAPTURED, CAPTURED, REPLAYED, REPLAYED]
 
 
@@ -200,10 +191,7 @@ def test_a_mask_that_is_not_causal(make_model, card):
             results.append(model(ids[:, seen : seen + 3], **step).logits)
         return results
 
-    with by_modules():
-        want = run()
-    for got, expected in zip(run(), want):
-        torch.testing.assert_close(got, expected, **CLOSE)
+    assert_as_by_modules(run)
     assert card.record[-1] == REPLAYED
 
 
@@ -224,10 +212,7 @@ def test_a_mask_that_was_longer(make_model, card):
             results.append(model(ids[:, seen : seen + 1], **step).logits)
         return results
 
-    with by_modules():
-        want = run()
-    for got, expected in zip(run(), want):
-        torch.testing.assert_close(got, expected, **CLOSE)
+    assert_as_by_modules(run)
     assert card.record[-4:] == 4 * [REPLAYED]
 
 

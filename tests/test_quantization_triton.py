@@ -73,7 +73,7 @@ def interpret() -> dict:
     """Return {case: error} and results of edge cases. Runs with TRITON_INTERPRET=1."""
     multiply_bfloat16()
     results = {}
-    quantization_triton.dequantize_two_weights(torch.device("cpu"))
+    quantization_triton.multiply_two_weights(torch.device("cpu"))
     tile_for = quantization_triton.tile_for
     for name, case in CASES.items():
         tile = case.get("tile")
@@ -204,14 +204,12 @@ def test_unavailable_below_capability_7_5(monkeypatch, arch, reason):
     runtime = types.SimpleNamespace(driver=types.SimpleNamespace(active=active))
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.9.0", runtime=runtime))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(quantization_triton, "dequantize_two_weights", lambda device: None)
+    monkeypatch.setattr(quantization_triton, "multiply_two_weights", lambda device: None)
     answer = quantization_triton.unavailable(CUDA)
     assert answer is None if reason is None else reason in answer
-    monkeypatch.setattr(quantization_triton, "dequantize_two_weights", lambda device: 1 / 0)
-    assert (
-        reason
-        or "3.9.0 cannot compile for this card (division by zero): upgrade" in quantization_triton.unavailable(CUDA)
-    )
+    monkeypatch.setattr(quantization_triton, "multiply_two_weights", lambda device: 1 / 0)
+    failure = "3.9.0 cannot compile for this card (division by zero): upgrade"
+    assert (reason or failure) in quantization_triton.unavailable(CUDA)
 
 
 if __name__ == "__main__":
