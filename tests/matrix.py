@@ -35,6 +35,7 @@ CORE += (
     "inference_cpu",
     "blocks_cpu",
     "blocks_cuda",
+    "blocks_cuda_card",
     "cache",
     "generation",
     "streaming",
